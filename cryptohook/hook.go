@@ -1,0 +1,271 @@
+package cryptohook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"go.mau.fi/util/dbutil"
+	_ "go.mau.fi/util/dbutil/litestream" // registers the sqlite3-fk-wal drivers
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+	"maunium.net/go/mautrix/sqlstatestore"
+)
+
+// Options are the settings of [Install]. DB and PickleKey are required.
+type Options struct {
+	// DB holds mautrix's crypto and state tables and the hook's own. It belongs to one process and one account. For SQLite use
+	// the driver sqlite3-fk-wal-fullsync: without full sync a power failure may take the last messages' keys.
+	DB *dbutil.Database
+	// PickleKey encrypts the keys in DB.
+	PickleKey []byte
+	// KeyWait is how long an event waits for its key before its handler is told that it cannot be decrypted. 25 s by default.
+	KeyWait time.Duration
+	// Requirement is the trust below which content is withheld from handlers. [RequireNothing] by default.
+	Requirement TrustRequirement
+	// VerifiedUsers pins the master keys (unpadded base64) of users whom the operator has verified. The hook signs them with the
+	// account's user-signing key as soon as it sees them; another key is a verification violation.
+	VerifiedUsers map[id.UserID]id.Ed25519
+	// Clock is time.Now by default.
+	Clock func() time.Time
+}
+
+const defaultKeyWait = 25 * time.Second
+
+// Errors of [Install] that the user of the program has to act upon.
+var (
+	// ErrNotLoggedIn: the client lacks user ID, device ID or access token.
+	ErrNotLoggedIn = errors.New("the client is not logged in")
+	// ErrOtherAccount: the database belongs to another account.
+	ErrOtherAccount = errors.New("the database belongs to another account")
+	// ErrOtherDevice: the database belongs to another device of this account.
+	ErrOtherDevice = errors.New("the database belongs to another device")
+	// ErrPickleKey: the keys in the database were encrypted with another pickle key.
+	ErrPickleKey = errors.New("the pickle key does not fit the database")
+	// ErrNoInterception: this version of mautrix handles room keys in a way that the hook does not know.
+	ErrNoInterception = errors.New("room keys cannot be intercepted in this version of mautrix")
+)
+
+// Hook is the crypto helper of one client: see the package's documentation. It implements [mautrix.CryptoHelper].
+type Hook struct {
+	client    *mautrix.Client
+	options   Options
+	log       zerolog.Logger
+	clock     func() time.Time
+	mach      *crypto.OlmMachine
+	uow       *unitOfWork
+	store     *store
+	sessions  *SessionManager
+	resolver  *resolver
+	inbox     *inbox
+	syncer    *syncer
+	transport *transport
+	// background are goroutines that answer other devices' requests.
+	background sync.WaitGroup
+	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.
+	kept []*SessionGuard
+}
+
+var _ mautrix.CryptoHelper = (*Hook)(nil)
+
+// Install takes over the encryption of a client that is logged in: its Crypto, Syncer, Store and HTTP transport, and its
+// StateStore if it has none. Register handlers on client.Syncer after it. It makes no request.
+//
+// It proves by a self-test that room keys are intercepted, and fails with [ErrNoInterception] if not. See [ErrOtherAccount],
+// [ErrOtherDevice] and [ErrPickleKey] for what a database may be refused for.
+func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hook, error) {
+	if client.UserID == "" || client.DeviceID == "" || client.AccessToken == "" {
+		return nil, ErrNotLoggedIn
+	}
+	if options.DB == nil || len(options.PickleKey) == 0 {
+		return nil, errors.New("cryptohook: Options.DB and Options.PickleKey are required")
+	}
+	if options.KeyWait == 0 {
+		options.KeyWait = defaultKeyWait
+	}
+	if options.Clock == nil {
+		options.Clock = time.Now
+	}
+	if err := selfTest(ctx); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrNoInterception, err)
+	}
+	h := &Hook{
+		client: client, options: options, clock: options.Clock, sessions: NewSessionManager(),
+		log: client.Log.With().Str("component", "crypto").Logger(),
+	}
+	stateStore, err := h.openStores(ctx)
+	if err != nil {
+		return nil, err
+	}
+	h.resolver, h.inbox = newResolver(h), newInbox(h)
+	if h.inbox.lastSeq, err = h.store.lastSeq(ctx); err != nil {
+		return nil, fmt.Errorf("failed to read the inbox: %w", err)
+	}
+	h.mach = crypto.NewOlmMachine(client, &h.log, h.uow, stateStore)
+	// The hook asks for keys itself, beside decryption; and it has its own record of message indices.
+	h.mach.DisableDecryptKeyFetching = true
+	h.mach.DisableRatchetTracking = true
+	if err = h.mach.Load(ctx); err != nil {
+		return nil, fmt.Errorf("%w: %w", ErrPickleKey, err)
+	}
+	h.takeOver()
+	return h, nil
+}
+
+// openStores brings the tables up to date and checks whose they are.
+func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
+	db, accountID := h.options.DB, h.client.UserID.String()
+	dbLog := dbutil.ZeroLogger(h.log.With().Str("component", "database").Logger())
+	if h.client.StateStore == nil {
+		stateStore := sqlstatestore.NewSQLStateStore(db, dbLog, false)
+		if err := stateStore.Upgrade(ctx); err != nil {
+			return nil, fmt.Errorf("failed to upgrade the state store: %w", err)
+		}
+		h.client.StateStore = stateStore
+	}
+	stateStore, ok := h.client.StateStore.(crypto.StateStore)
+	if !ok {
+		return nil, errors.New("cryptohook: the client's StateStore has to implement crypto.StateStore")
+	}
+	cryptoStore := crypto.NewSQLCryptoStore(db, dbLog, accountID, h.client.DeviceID, h.options.PickleKey)
+	if err := cryptoStore.DB.Upgrade(ctx); err != nil {
+		return nil, fmt.Errorf("failed to upgrade the crypto store: %w", err)
+	}
+	h.store = newStore(db, dbLog)
+	if err := h.store.Upgrade(ctx); err != nil {
+		return nil, fmt.Errorf("failed to upgrade the sender data: %w", err)
+	}
+	if err := h.store.checkAccount(ctx, accountID, h.client.DeviceID); err != nil {
+		return nil, err
+	}
+	h.uow = newUnitOfWork(cryptoStore)
+	h.uow.putImported = h.importSession
+	return stateStore, nil
+}
+
+// takeOver puts the hook between the client and the network, and between the client and its handlers.
+func (h *Hook) takeOver() {
+	inner := mautrix.NewDefaultSyncer()
+	if existing, ok := h.client.Syncer.(*mautrix.DefaultSyncer); ok {
+		inner = existing
+	}
+	h.syncer = &syncer{DefaultSyncer: inner, hook: h}
+	h.syncer.OnEvent(h.client.StateStoreSyncHandler)
+	h.syncer.OnEventType(event.StateMember, h.mach.HandleMemberEvent)
+	h.syncer.OnEventType(event.StateHistoryVisibility, h.mach.HandleHistoryVisibility)
+
+	base := h.client.Client.Transport
+	if base == nil {
+		base = http.DefaultTransport
+	}
+	if earlier, ok := base.(*transport); ok {
+		base = earlier.base
+	}
+	h.transport = &transport{base: base, hook: h}
+	httpClient := *h.client.Client
+	httpClient.Transport = h.transport
+
+	h.client.Client = &httpClient
+	h.client.Syncer = h.syncer
+	h.client.Store = tokenStore{h}
+	h.client.Crypto = h
+}
+
+// Machine gives mautrix's machine, for what the hook does not do itself. Do not hand it events of a /sync.
+func (h *Hook) Machine() *crypto.OlmMachine { return h.mach }
+
+// Run syncs until the context ends or syncing fails for good, then waits for everything that the hook started. After
+// [ErrUnitOfWorkBroken] a new Hook has to be installed; nothing is lost.
+func (h *Hook) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var workers sync.WaitGroup
+	workers.Go(func() { h.resolver.run(ctx) })
+	workers.Go(func() { h.inbox.run(ctx) })
+	err := h.client.SyncWithContext(ctx)
+	ended := ctx.Err()
+	cancel()
+	workers.Wait()
+	h.background.Wait()
+	h.mach.Destroy()
+	// What was handled last need not be handled again. If this fails, it is, and recognised.
+	if flushErr := h.uow.flush(context.WithoutCancel(ctx)); flushErr != nil && err == nil {
+		err = flushErr
+	}
+	if ended != nil && !errors.Is(err, ErrUnitOfWorkBroken) {
+		return nil
+	}
+	return err
+}
+
+// anchor is what every verdict rests on now. The machine's private cross-signing keys are set before Run.
+func (h *Hook) anchor() trustAnchor {
+	anchor := trustAnchor{userID: h.client.UserID, pins: h.options.VerifiedUsers}
+	if keys := h.mach.CrossSigningKeys; keys != nil {
+		anchor.masterKey, anchor.userSigningKey = keys.MasterKey.PublicKey(), keys.UserSigningKey.PublicKey()
+	}
+	return anchor
+}
+
+// keepUntilCommit holds a guard until what was received is durable.
+func (h *Hook) keepUntilCommit(guard *SessionGuard) {
+	if guard != nil {
+		h.kept = append(h.kept, guard)
+	}
+}
+
+// unlockKept releases the guards of the unit of work, and lets the resolver see to what it left.
+func (h *Hook) unlockKept() {
+	for _, guard := range h.kept {
+		guard.Unlock()
+	}
+	if len(h.kept) > 0 {
+		h.kept = nil
+		h.resolver.signal()
+	}
+}
+
+// Init implements [mautrix.CryptoHelper]; [Install] has done it all.
+func (h *Hook) Init(context.Context) error { return nil }
+
+// Encrypt implements [mautrix.CryptoHelper]. It shares the room's session first if need be.
+func (h *Hook) Encrypt(ctx context.Context, roomID id.RoomID, evtType event.Type, content any) (*event.EncryptedEventContent, error) {
+	encrypted, err := h.mach.EncryptMegolmEvent(ctx, roomID, evtType, content)
+	if err == nil || !crypto.IsShareError(err) {
+		return encrypted, err
+	}
+	members, err := h.client.StateStore.GetRoomJoinedOrInvitedMembers(ctx, roomID)
+	if err != nil {
+		return nil, fmt.Errorf("failed to get the members of %s: %w", roomID, err)
+	}
+	if err = h.mach.ShareGroupSession(ctx, roomID, members); err != nil {
+		return nil, fmt.Errorf("failed to share the session of %s: %w", roomID, err)
+	}
+	return h.mach.EncryptMegolmEvent(ctx, roomID, evtType, content)
+}
+
+// Decrypt implements [mautrix.CryptoHelper], for events that did not come by /sync. It gives no verdict.
+func (h *Hook) Decrypt(ctx context.Context, evt *event.Event) (*event.Event, error) {
+	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
+}
+
+// WaitForSession implements [mautrix.CryptoHelper].
+func (h *Hook) WaitForSession(ctx context.Context, roomID id.RoomID, senderKey id.SenderKey, sessionID id.SessionID, timeout time.Duration) bool {
+	return h.mach.WaitForSession(ctx, roomID, senderKey, sessionID, timeout)
+}
+
+// RequestSession implements [mautrix.CryptoHelper].
+func (h *Hook) RequestSession(ctx context.Context, roomID id.RoomID, senderKey id.SenderKey, sessionID id.SessionID, userID id.UserID, deviceID id.DeviceID) {
+	if deviceID == "" {
+		deviceID = "*"
+	}
+	users := map[id.UserID][]id.DeviceID{userID: {deviceID}, h.client.UserID: {"*"}}
+	if err := h.mach.SendRoomKeyRequest(ctx, roomID, senderKey, sessionID, "", users); err != nil {
+		h.log.Warn().Err(err).Stringer("session_id", sessionID).Msg("Failed to ask for a session")
+	}
+}

@@ -1,0 +1,207 @@
+package cryptohook
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/crypto/signatures"
+	"maunium.net/go/mautrix/id"
+)
+
+// Identity is what we know of a user's cross-signing identity. Every key in it was checked when it was received.
+type Identity struct {
+	UserID id.UserID
+	// MasterKey is today's master key (unpadded base64), empty when the user has none.
+	MasterKey id.Ed25519
+	// FirstMasterKey is the first master key that we ever saw of this user.
+	FirstMasterKey id.Ed25519
+	// SelfSigningKey is signed by MasterKey; empty when there is none that is.
+	SelfSigningKey id.Ed25519
+	// VerifiedBy is the user-signing key of ours whose signature on MasterKey was checked; empty when there is none.
+	VerifiedBy id.Ed25519
+	// WasVerified says that some master key of this user was verified at some time.
+	WasVerified bool
+}
+
+// trustAnchor is where every chain of trust ends: our own identity, whose private keys we hold, and the master keys that
+// the configuration pins.
+type trustAnchor struct {
+	userID         id.UserID
+	masterKey      id.Ed25519
+	userSigningKey id.Ed25519
+	pins           map[id.UserID]id.Ed25519
+}
+
+// standing is what an identity is worth to us now.
+type standing int
+
+const (
+	standingUnverified standing = iota
+	standingViolation           // verified once, or pinned to another key, and not verified now
+	standingVerified
+)
+
+// judge says whether the user's identity is verified now, by our user-signing key's signature on today's master key. A pin
+// to another key outranks any signature.
+func (a trustAnchor) judge(identity *Identity) standing {
+	if identity == nil || identity.MasterKey == "" {
+		return standingUnverified
+	}
+	if identity.UserID == a.userID {
+		if identity.MasterKey == a.masterKey {
+			return standingVerified
+		}
+		return standingViolation
+	}
+	pin, pinned := a.pins[identity.UserID]
+	switch {
+	case pinned && pin != identity.MasterKey:
+		return standingViolation
+	case a.userSigningKey != "" && identity.VerifiedBy == a.userSigningKey:
+		return standingVerified
+	case identity.WasVerified:
+		return standingViolation
+	default:
+		return standingUnverified
+	}
+}
+
+// needsSignature says that the user's master key is pinned, and that we have not signed it yet.
+func (a trustAnchor) needsSignature(identity *Identity) bool {
+	return identity != nil && identity.MasterKey != "" && identity.UserID != a.userID && a.userSigningKey != "" &&
+		a.pins[identity.UserID] == identity.MasterKey && identity.VerifiedBy != a.userSigningKey
+}
+
+// stateOf says what a session is worth now that was proven to be signed by masterKey's identity (step J, and every verdict).
+func (a trustAnchor) stateOf(masterKey id.Ed25519, identity *Identity) State {
+	switch a.judge(identity) {
+	case standingVerified:
+		if masterKey == identity.MasterKey {
+			return StateSenderVerified
+		}
+		// The user was reset since and verified again: what the old identity signed is no longer vouched for.
+		return StateSenderUnverified
+	case standingViolation:
+		return StateVerificationViolation
+	default:
+		return StateSenderUnverified
+	}
+}
+
+// Faults of published keys. They are logged; the keys are not used.
+var (
+	errNotOneKey         = errors.New("the object does not hold exactly one ed25519 key under its own name")
+	errOtherUser         = errors.New("the object belongs to another user")
+	errWrongUsage        = errors.New("the object is published for another usage")
+	errOtherDevice       = errors.New("the object belongs to another device")
+	errKeyMissing        = errors.New("the object lacks the device's curve25519 or ed25519 key")
+	errSignatureInvalid  = errors.New("the signature is not valid")
+	errSigningKeyChanged = errors.New("the device published another ed25519 key before")
+)
+
+// parseCrossSigningKey checks a cross-signing key object's form: user, usage, and the key it holds.
+// https://spec.matrix.org/v1.16/client-server-api/#post_matrixclientv3keysquery (CrossSigningKey)
+func parseCrossSigningKey(raw json.RawMessage, userID id.UserID, usage id.CrossSigningUsage) (id.Ed25519, error) {
+	var object mautrix.CrossSigningKeys
+	if err := json.Unmarshal(raw, &object); err != nil {
+		return "", fmt.Errorf("failed to parse %s key: %w", usage, err)
+	}
+	if object.UserID != userID {
+		return "", fmt.Errorf("%s key: %w", usage, errOtherUser)
+	}
+	if len(object.Usage) != 1 || object.Usage[0] != usage {
+		return "", fmt.Errorf("%s key: %w", usage, errWrongUsage)
+	}
+	key := object.FirstKey()
+	if len(object.Keys) != 1 || key == "" || object.Keys[id.NewKeyID(id.KeyAlgorithmEd25519, key.String())] != key {
+		return "", fmt.Errorf("%s key: %w", usage, errNotOneKey)
+	}
+	return key, nil
+}
+
+// signedBy says whether the JSON object carries a valid signature of the cross-signing key of that user.
+func signedBy(object json.RawMessage, userID id.UserID, key id.Ed25519) bool {
+	if len(object) == 0 || key == "" {
+		return false
+	}
+	valid, err := signatures.VerifySignatureJSON(object, userID, key.String(), key)
+	return err == nil && valid
+}
+
+// parseDeviceKeys checks a published device keys object: its owner, its keys, and the device's own signature.
+// https://spec.matrix.org/v1.16/client-server-api/#post_matrixclientv3keysquery (DeviceInformation)
+func parseDeviceKeys(raw json.RawMessage, userID id.UserID, deviceID id.DeviceID) (*mautrix.DeviceKeys, error) {
+	var keys mautrix.DeviceKeys
+	if err := json.Unmarshal(raw, &keys); err != nil {
+		return nil, fmt.Errorf("failed to parse device keys: %w", err)
+	}
+	if keys.UserID != userID {
+		return nil, errOtherUser
+	}
+	if keys.DeviceID != deviceID {
+		return nil, errOtherDevice
+	}
+	signingKey := keys.Keys.GetEd25519(deviceID)
+	if signingKey == "" || keys.Keys.GetCurve25519(deviceID) == "" {
+		return nil, errKeyMissing
+	}
+	valid, err := signatures.VerifySignatureJSON(raw, userID, deviceID.String(), signingKey)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errSignatureInvalid, err)
+	} else if !valid {
+		return nil, errSignatureInvalid
+	}
+	return &keys, nil
+}
+
+// publishedIdentity is a user's part of a /keys/query response, checked.
+type publishedIdentity struct {
+	masterKey, selfSigningKey id.Ed25519
+	verifiedBy                id.Ed25519
+}
+
+// readIdentity checks the cross-signing keys that a /keys/query response has for a user. It returns nil when there is no
+// usable master key.
+func (a trustAnchor) readIdentity(userID id.UserID, master, selfSigning json.RawMessage) (*publishedIdentity, error) {
+	if len(master) == 0 {
+		return nil, nil
+	}
+	masterKey, err := parseCrossSigningKey(master, userID, id.XSUsageMaster)
+	if err != nil {
+		return nil, err
+	}
+	published := &publishedIdentity{masterKey: masterKey}
+	if signedBy(master, a.userID, a.userSigningKey) {
+		published.verifiedBy = a.userSigningKey
+	}
+	if len(selfSigning) == 0 {
+		return published, nil
+	}
+	selfSigningKey, err := parseCrossSigningKey(selfSigning, userID, id.XSUsageSelfSigning)
+	if err != nil {
+		return published, err
+	}
+	if !signedBy(selfSigning, userID, masterKey) {
+		return published, fmt.Errorf("%s key: %w", id.XSUsageSelfSigning, errSignatureInvalid)
+	}
+	published.selfSigningKey = selfSigningKey
+	return published, nil
+}
+
+// merge brings a newly published identity into what we knew. Nothing that was verified is forgotten.
+func (identity *Identity) merge(published *publishedIdentity) {
+	if identity.MasterKey != published.masterKey {
+		identity.VerifiedBy = ""
+	}
+	if identity.FirstMasterKey == "" {
+		identity.FirstMasterKey = published.masterKey
+	}
+	identity.MasterKey = published.masterKey
+	identity.SelfSigningKey = published.selfSigningKey
+	if published.verifiedBy != "" {
+		identity.VerifiedBy = published.verifiedBy
+		identity.WasVerified = true
+	}
+}

@@ -1,0 +1,248 @@
+package cryptohook
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+)
+
+// How room keys are intercepted: HandleEncryptedEvent copies the type class of the outer event onto the decrypted one before it
+// looks the type up in event.TypeMap, and hands back what it does not find there. Under this class, which nobody else uses, it
+// finds only the types that we leave to mautrix. So the hook gets m.room_key (and everything that mautrix would drop) with the
+// Olm event around it, and no other machine in the process sees a difference.
+const interceptedClass event.TypeClass = 0x7374
+
+func init() {
+	// Their handlers neither send anything nor take part in a decision about trust.
+	for _, left := range []event.Type{event.ToDeviceDummy, event.ToDeviceSecretSend} {
+		event.TypeMap[event.Type{Type: left.Type, Class: interceptedClass}] = event.TypeMap[left]
+	}
+}
+
+// The rotation settings that apply where a room does not say otherwise.
+// https://spec.matrix.org/v1.16/client-server-api/#mroomencryption
+const (
+	defaultRotationPeriod   = 7 * 24 * time.Hour
+	defaultRotationMessages = 100
+)
+
+// Faults of room keys. They are logged once each; the key is skipped.
+var (
+	errNotMegolm         = errors.New("the room key is not for " + string(id.AlgorithmMegolmV1))
+	errNoClaimedKey      = errors.New("the Olm message claims no ed25519 key")
+	errSessionIDMismatch = errors.New("the session ID does not match the session key")
+	errOtherRoom         = errors.New("the sender has shared this session for another room")
+)
+
+// receiveEncrypted decrypts one m.room.encrypted to-device event within the unit of work. It returns what was in it if that is
+// neither a room key nor handled by mautrix. The error is one of the store's.
+func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.Event, error) {
+	defer h.uow.endMessage()
+	receiving := withReceiving(ctx)
+	intercepted := *evt
+	intercepted.Type.Class = interceptedClass
+	decrypted := h.mach.HandleEncryptedEvent(receiving, &intercepted)
+	if err := h.uow.failure(); err != nil {
+		return nil, err
+	}
+	if decrypted == nil {
+		return nil, nil
+	}
+	log := zerolog.Ctx(ctx).With().
+		Stringer("sender", decrypted.Sender).
+		Stringer("sender_key", decrypted.SenderKey).
+		Logger()
+	ctx, receiving = log.WithContext(ctx), log.WithContext(receiving)
+	switch decrypted.Type.Type {
+	case event.ToDeviceRoomKey.Type:
+		return nil, h.receiveRoomKey(receiving, decrypted)
+	case event.ToDeviceForwardedRoomKey.Type:
+		// Forwarded keys prove nothing about their sender, and we have not asked for any.
+		log.Debug().Msg("Ignoring a forwarded room key that was not asked for")
+		return nil, nil
+	}
+	passedOn := &event.Event{
+		Sender:     decrypted.Sender,
+		Type:       event.Type{Type: decrypted.Type.Type, Class: event.ToDeviceEventType},
+		ToUserID:   evt.ToUserID,
+		ToDeviceID: evt.ToDeviceID,
+		Content:    event.Content{VeryRaw: decrypted.Content.VeryRaw, Raw: decrypted.Content.Raw},
+	}
+	passedOn.Mautrix.WasEncrypted = true
+	return passedOn, nil
+}
+
+// receiveRoomKey stores the Megolm session of an m.room_key together with who sent it. It does what mautrix's receiveRoomKey
+// does, and derives the sender by the steps A–J on the way.
+func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent) error {
+	log := zerolog.Ctx(ctx)
+	session, content, err := h.parseRoomKey(ctx, olmEvent)
+	if err != nil {
+		log.Warn().Err(err).Msg("Skipping a room key that is not valid")
+		return nil
+	}
+	logger := log.With().Stringer("room_id", session.RoomID).Stringer("session_id", session.ID()).Logger()
+	log, ctx = &logger, logger.WithContext(ctx)
+
+	guard := h.sessions.TryLock(session.ID())
+	h.keepUntilCommit(guard)
+	sender, err := h.deriveSender(ctx, session, olmEvent, guard != nil)
+	if err != nil {
+		return err
+	}
+	current, err := h.holderOf(ctx, session.ID())
+	if err != nil {
+		return err
+	}
+	ours := current == nil || current.senderKey == session.SenderKey
+	if ours && current != nil && current.roomID != session.RoomID {
+		log.Warn().Err(errOtherRoom).Stringer("other_room_id", current.roomID).Msg("Skipping a room key")
+		return nil
+	}
+	h.uow.stage(func(ctx context.Context) error { return h.store.mergeClaim(ctx, sender) })
+	switch {
+	case sender.State == StateRejected:
+		// The key is not stored; what an earlier copy of it proved stays.
+		h.uow.stage(func(ctx context.Context) error {
+			stored, err := h.store.claim(ctx, sender.SessionID, sender.SenderKey)
+			if err != nil || stored == nil || stored.State != StateRejected {
+				return err
+			}
+			return h.reject(ctx, sender)
+		})
+		return nil
+	case !ours:
+		log.Error().Stringer("other_sender_key", current.senderKey).Msg("Two devices claim the same session: keeping the first one's key, and both claims")
+		return nil
+	}
+	if h.mach.DeletePreviousKeysOnReceive && !content.IsScheduled {
+		if _, err = h.uow.RedactGroupSessions(ctx, session.RoomID, session.SenderKey, "received new key from device"); err != nil {
+			return err
+		}
+	}
+	if err = h.mach.StoreGroupSession(ctx, session); err != nil {
+		return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
+	}
+	log.Debug().Str("state", string(sender.State)).Stringer("device_id", sender.DeviceID).Msg("Received a room key")
+	return nil
+}
+
+// parseRoomKey makes the Megolm session, with mautrix's checks.
+func (h *Hook) parseRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent) (*crypto.InboundGroupSession, *event.RoomKeyEventContent, error) {
+	var content event.RoomKeyEventContent
+	if err := json.Unmarshal(olmEvent.Content.VeryRaw, &content); err != nil {
+		return nil, nil, fmt.Errorf("failed to parse the room key: %w", err)
+	}
+	if content.Algorithm != id.AlgorithmMegolmV1 {
+		return nil, nil, errNotMegolm
+	}
+	if olmEvent.Keys.Ed25519 == "" {
+		return nil, nil, errNoClaimedKey
+	}
+	maxAge, maxMessages := h.rotation(ctx, &content)
+	session, err := crypto.NewInboundGroupSession(olmEvent.SenderKey, olmEvent.Keys.Ed25519, content.RoomID, content.SessionKey,
+		maxAge, maxMessages, content.SharedHistory, content.IsScheduled)
+	if err != nil {
+		return nil, nil, fmt.Errorf("failed to read the session key: %w", err)
+	}
+	if session.ID() != content.SessionID {
+		return nil, nil, errSessionIDMismatch
+	}
+	session.SourceUser = olmEvent.Sender
+	return session, &content, nil
+}
+
+func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent) (maxAge time.Duration, maxMessages int) {
+	config, err := h.mach.StateStore.GetEncryptionEvent(ctx, content.RoomID)
+	if err != nil {
+		zerolog.Ctx(ctx).Err(err).Msg("Failed to get the encryption event of the room")
+	}
+	if config != nil {
+		maxAge = time.Duration(config.RotationPeriodMillis) * time.Millisecond
+		if maxAge == 0 {
+			maxAge = defaultRotationPeriod
+		}
+		if maxMessages = config.RotationPeriodMessages; maxMessages == 0 {
+			maxMessages = defaultRotationMessages
+		}
+	}
+	if content.MaxAge != 0 {
+		maxAge = time.Duration(content.MaxAge) * time.Millisecond
+	}
+	if content.MaxMessages != 0 {
+		maxMessages = content.MaxMessages
+	}
+	return maxAge, maxMessages
+}
+
+// deriveSender walks the steps without the network. Without the session's guard it only keeps what the message holds: who has
+// the guard, or the resolver after it, derives from that.
+func (h *Hook) deriveSender(ctx context.Context, session *crypto.InboundGroupSession, olmEvent *crypto.DecryptedOlmEvent, guarded bool) (*SenderData, error) {
+	now := h.clock()
+	d := derivation{
+		caches: h.store,
+		anchor: h.anchor(),
+		now:    now,
+		data: SenderData{
+			SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
+			Sender: olmEvent.Sender, Source: SourceDirect, ReceivedAt: now, UpdatedAt: now,
+		},
+	}
+	if olmEvent.SenderDeviceKeys != nil {
+		embedded, err := json.Marshal(olmEvent.SenderDeviceKeys)
+		if err != nil {
+			return nil, fmt.Errorf("failed to marshal sender_device_keys: %w", err)
+		}
+		d.embedded = embedded
+	}
+	if !guarded {
+		d.data.State, d.data.NextRetry = StateUnknownDevice, now
+		if d.embedded != nil {
+			d.data.State, d.data.DeviceID, d.data.DeviceKeys = StateDeviceInfo, olmEvent.SenderDeviceKeys.DeviceID, d.embedded
+		}
+		return &d.data, nil
+	}
+	var err error
+	if d.current, err = h.store.deviceListCurrent(ctx, olmEvent.Sender); err != nil {
+		return nil, err
+	}
+	return d.derive(ctx)
+}
+
+// holderOf gives who holds the session ID now: in what is staged, or in the database.
+func (h *Hook) holderOf(ctx context.Context, sessionID id.SessionID) (*holder, error) {
+	if staged := h.uow.stagedGroup(sessionID); staged != nil {
+		return &holder{staged.RoomID, staged.SenderKey, staged.SigningKey}, nil
+	}
+	return h.store.holder(ctx, h.uow.AccountID, sessionID)
+}
+
+// importSession stores a session that did not come in an m.room_key: its sender is not known, and it never takes the place of a
+// session that another device brought.
+func (h *Hook) importSession(ctx context.Context, session *crypto.InboundGroupSession) error {
+	now := h.clock()
+	claim := &SenderData{
+		SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
+		Source: sourceOf(session.KeySource), Legacy: true, State: StateUnknownDevice, ReceivedAt: now, UpdatedAt: now,
+	}
+	current, err := h.holderOf(ctx, session.ID())
+	if err != nil {
+		return err
+	}
+	if current == nil || current.senderKey == session.SenderKey && current.roomID == session.RoomID {
+		return h.uow.putGroupSession(ctx, session, func(ctx context.Context) error { return h.store.mergeClaim(ctx, claim) })
+	}
+	h.log.Error().Stringer("session_id", session.ID()).Stringer("sender_key", session.SenderKey).Stringer("other_sender_key", current.senderKey).
+		Msg("An imported session claims the ID of one that another device brought: keeping the other")
+	if current.senderKey == session.SenderKey {
+		return nil
+	}
+	return h.store.mergeClaim(ctx, claim)
+}

@@ -1,0 +1,266 @@
+package cryptohook
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/id"
+)
+
+// The steps A–J by which a room key's sender is derived, one function each, each returning the next.
+//
+//	A  does the Olm message hold the sender's device keys (MSC4147)?  yes → D   no → B
+//	B  do we know a device of the sender with this curve25519 key?    yes → D   no → C
+//	C  store the session; ask for the sender's keys; look again.      found → D   not → wait
+//	D  is the device cross-signed?                                    yes → E   no → wait
+//	E  do we have the sender's cross-signing keys?                    yes → G   no → F
+//	F  store the session; ask for the sender's keys; look again.      found → G   not → wait
+//	G  is it our self-signing key that signed the device?             yes → H   no → wait
+//	H  is that signature valid?                                       yes → J   no → the session is rejected
+//	J  the sender is proven: store MXID, master key and trust.
+//
+// "Wait" means that the row is stored with the time at which the resolver looks again. No step touches the network: the
+// resolver asks for the keys, then walks the steps again with queried set.
+
+// caches is what the steps may look at: what is stored locally, at once.
+type caches interface {
+	// deviceByKey gives the device keys object of the user's device with that curve25519 key, or nil. Deleted devices are
+	// not found. Of several the one with the given signing key is preferred.
+	deviceByKey(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) (json.RawMessage, error)
+	// identity gives what is known of the user's cross-signing identity, or nil.
+	identity(ctx context.Context, userID id.UserID) (*Identity, error)
+}
+
+// derivation is one walk through the steps.
+type derivation struct {
+	caches caches
+	anchor trustAnchor
+	now    time.Time
+	// jitter is a factor around 1 for the back-off, so that many sessions do not ask at the same instant.
+	jitter float64
+	// embedded is the sender_device_keys object of the Olm message, if it has one.
+	embedded json.RawMessage
+	// queried says that the sender's keys were asked for since the row was stored: this walk is a retry.
+	queried bool
+	// current says that the cached device list of the sender is up to date, so that asking again at once is no use.
+	current bool
+
+	data SenderData
+	// path is the letters of the steps taken, for logs and tests.
+	path []byte
+
+	raw      json.RawMessage
+	keys     *mautrix.DeviceKeys
+	identity *Identity
+}
+
+type step func(context.Context, *derivation) (step, error)
+
+// derive walks the steps and returns the sender data to store. The error is one of the caches'.
+func (d *derivation) derive(ctx context.Context) (*SenderData, error) {
+	if d.jitter == 0 {
+		d.jitter = 0.8 + 0.4*rand.Float64()
+	}
+	d.data.Reason = ""
+	var err error
+	for next := step(stepA); next != nil; {
+		if next, err = next(ctx, d); err != nil {
+			return nil, fmt.Errorf("failed to take step %c: %w", d.path[len(d.path)-1], err)
+		}
+	}
+	return &d.data, nil
+}
+
+// stepA: does the to-device message hold the device keys of MSC4147? On a retry they are those that were stored.
+func stepA(_ context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'A')
+	if len(d.embedded) > 0 && d.useDevice(d.embedded) {
+		return stepD, nil
+	}
+	return stepB, nil
+}
+
+// stepB: do the locally cached devices contain one with the message's sender key?
+func stepB(ctx context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'B')
+	raw, err := d.cachedDevice(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if raw != nil && d.useDevice(raw) {
+		return stepD, nil
+	}
+	return stepC, nil
+}
+
+// stepC: no device info locally. The session is stored, and the sender's keys are asked for at once.
+func stepC(_ context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'C')
+	d.data.State = StateUnknownDevice
+	return d.wait(true)
+}
+
+// stepD: is the device cross-signed? If the message's copy of its keys is not, the published one may be by now.
+func stepD(ctx context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'D')
+	if !d.ownsSession() {
+		d.data.State, d.data.Reason = StateUnknownDevice, reasonOwnerCheckFailed
+		d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
+		return nil, nil
+	}
+	if !d.crossSigned() {
+		published, err := d.usePublished(ctx, d.crossSigned)
+		if err != nil {
+			return nil, err
+		}
+		if !published {
+			return d.deviceInfo(!d.current)
+		}
+	}
+	return stepE, nil
+}
+
+// stepE: do we have the user's cross-signing keys?
+func stepE(ctx context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'E')
+	identity, err := d.caches.identity(ctx, d.data.Sender)
+	if err != nil {
+		return nil, err
+	}
+	if identity == nil || identity.MasterKey == "" || identity.SelfSigningKey == "" {
+		return stepF, nil
+	}
+	d.identity = identity
+	return stepG, nil
+}
+
+// stepF: no cross-signing keys. The session is stored with the device info, and the keys are asked for at once.
+func stepF(_ context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'F')
+	return d.deviceInfo(true)
+}
+
+// stepG: does the self-signing key that we know match the one that signed the device info? If the message's copy of the
+// device keys is older than the user's self-signing key, the published one may match.
+func stepG(ctx context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'G')
+	if !d.signedByKnownKey() {
+		published, err := d.usePublished(ctx, d.signedByKnownKey)
+		if err != nil {
+			return nil, err
+		}
+		if !published {
+			return d.deviceInfo(!d.current)
+		}
+	}
+	return stepH, nil
+}
+
+// stepH: is that signature valid? If not, somebody forged it: the session is invalid.
+func stepH(_ context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'H')
+	if !signedBy(d.raw, d.data.Sender, d.identity.SelfSigningKey) {
+		d.data.State, d.data.Reason = StateRejected, reasonForgedSignature
+		d.data.DeviceID = d.keys.DeviceID
+		d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
+		return nil, nil
+	}
+	return stepJ, nil
+}
+
+// stepJ: the device is proven to be the sender's. Device info and retry fields make room for MXID, master key and trust.
+func stepJ(_ context.Context, d *derivation) (step, error) {
+	d.path = append(d.path, 'J')
+	d.data.State = d.anchor.stateOf(d.identity.MasterKey, d.identity)
+	d.data.DeviceID = d.keys.DeviceID
+	d.data.MasterKey = d.identity.MasterKey
+	d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
+	d.data.Legacy = false
+	return nil, nil
+}
+
+// useDevice takes the device keys object as the sender's device. It says no to one that cannot be read.
+func (d *derivation) useDevice(raw json.RawMessage) bool {
+	var keys mautrix.DeviceKeys
+	if json.Unmarshal(raw, &keys) != nil || keys.UserID != d.data.Sender {
+		return false
+	}
+	d.raw, d.keys = raw, &keys
+	return true
+}
+
+func (d *derivation) cachedDevice(ctx context.Context) (json.RawMessage, error) {
+	return d.caches.deviceByKey(ctx, d.data.Sender, d.data.SenderKey, d.data.SigningKey)
+}
+
+// ownsSession is the owner check: the device's keys must equal those of the Olm message that brought the session.
+func (d *derivation) ownsSession() bool {
+	return d.keys.Keys.GetCurve25519(d.keys.DeviceID) == d.data.SenderKey && d.keys.Keys.GetEd25519(d.keys.DeviceID) == d.data.SigningKey
+}
+
+// crossSigned says that somebody other than the device itself signed its keys in the name of its user.
+func (d *derivation) crossSigned() bool {
+	for keyID := range d.keys.Signatures[d.data.Sender] {
+		if algorithm, name := keyID.Parse(); algorithm == id.KeyAlgorithmEd25519 && name != d.keys.DeviceID.String() {
+			return true
+		}
+	}
+	return false
+}
+
+// signedByKnownKey says that the device keys name the self-signing key that we know as a signer. Whether the signature is
+// valid is step H's question.
+func (d *derivation) signedByKnownKey() bool {
+	_, signed := d.keys.Signatures[d.data.Sender][id.NewKeyID(id.KeyAlgorithmEd25519, d.identity.SelfSigningKey.String())]
+	return signed
+}
+
+// usePublished takes the published device keys instead of those at hand if they are of the same device and acceptable.
+func (d *derivation) usePublished(ctx context.Context, acceptable func() bool) (bool, error) {
+	published, err := d.cachedDevice(ctx)
+	if err != nil || published == nil {
+		return false, err
+	}
+	raw, keys := d.raw, d.keys
+	if d.useDevice(published) && d.ownsSession() && acceptable() {
+		return true, nil
+	}
+	d.raw, d.keys = raw, keys
+	return false, nil
+}
+
+// deviceInfo ends the walk with the device known but not proven.
+func (d *derivation) deviceInfo(askNow bool) (step, error) {
+	d.data.State = StateDeviceInfo
+	d.data.DeviceID = d.keys.DeviceID
+	d.data.DeviceKeys = d.raw
+	return d.wait(askNow)
+}
+
+// The back-off of retries: 5 s doubling to 1 h, ±20 %, 12 scheduled tries. After that only a key query that somebody else
+// makes leads on; nobody polls a server for ever.
+const (
+	firstBackoff = 5 * time.Second
+	maxBackoff   = time.Hour
+	maxRetries   = 12
+)
+
+// wait ends the walk with a time to look again: now when the sender's keys were never asked for, else by back-off.
+func (d *derivation) wait(askNow bool) (step, error) {
+	if !d.queried && askNow {
+		d.data.RetryCount, d.data.NextRetry = 0, d.now
+		return nil, nil
+	}
+	d.data.RetryCount++
+	if d.data.RetryCount > maxRetries {
+		d.data.NextRetry = time.Time{}
+		return nil, nil
+	}
+	backoff := min(firstBackoff<<(d.data.RetryCount-1), maxBackoff)
+	d.data.NextRetry = d.now.Add(time.Duration(float64(backoff) * d.jitter))
+	return nil, nil
+}

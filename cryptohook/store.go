@@ -1,0 +1,379 @@
+package cryptohook
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/id"
+)
+
+//go:embed upgrades/*.sql
+var upgradeFiles embed.FS
+
+const versionTable = "sendertrust_version"
+
+var upgradeTable = dbutil.BuildUpgradeTable().WithFSPath(upgradeFiles, "upgrades").Finish()
+
+// store is our tables, beside mautrix's own in the same database. Methods run in the transaction of their context, if any.
+type store struct {
+	*dbutil.Database
+}
+
+func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
+	return &store{db.Child(versionTable, upgradeTable, log)}
+}
+
+func ignoreNoRows(err error) error {
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil
+	}
+	return err
+}
+
+// Sender data.
+
+const (
+	selectSession = `
+		SELECT session_id, sender_key, signing_key, room_id, sender, source, legacy_session, state, reason, device_id,
+		       master_key, device_keys, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
+		FROM sendertrust_session
+	`
+	getClaimsQuery     = selectSession + `WHERE session_id=$1 ORDER BY received_at_ms, sender_key`
+	getClaimQuery      = selectSession + `WHERE session_id=$1 AND sender_key=$2`
+	getDueQuery        = selectSession + `WHERE next_retry_time_ms <= $1 ORDER BY next_retry_time_ms LIMIT $2`
+	getUnprovenOfQuery = selectSession + `WHERE sender=$1 AND state IN ('unknown_device', 'device_info')`
+	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_session WHERE next_retry_time_ms IS NOT NULL`
+	upsertSessionQuery = `
+		INSERT INTO sendertrust_session (
+			session_id, sender_key, signing_key, room_id, sender, source, legacy_session, state, reason, device_id,
+			master_key, device_keys, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
+		) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+		ON CONFLICT (session_id, sender_key) DO UPDATE SET
+			signing_key=excluded.signing_key, room_id=excluded.room_id, sender=excluded.sender, source=excluded.source,
+			legacy_session=excluded.legacy_session, state=excluded.state, reason=excluded.reason, device_id=excluded.device_id,
+			master_key=excluded.master_key, device_keys=excluded.device_keys, retry_count=excluded.retry_count,
+			next_retry_time_ms=excluded.next_retry_time_ms, updated_at_ms=excluded.updated_at_ms
+	`
+	rejudgeSessionsQuery = `
+		UPDATE sendertrust_session SET state=CASE WHEN master_key=$2 THEN $3 ELSE $4 END, updated_at_ms=$5
+		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		  AND state<>CASE WHEN master_key=$2 THEN $3 ELSE $4 END
+	`
+)
+
+func scanSession(row dbutil.Scannable) (*SenderData, error) {
+	var sd SenderData
+	var deviceKeys sql.NullString
+	var nextRetry sql.NullInt64
+	var received, updated int64
+	err := row.Scan(
+		&sd.SessionID, &sd.SenderKey, &sd.SigningKey, &sd.RoomID, &sd.Sender, &sd.Source, &sd.Legacy, &sd.State, &sd.Reason, &sd.DeviceID,
+		&sd.MasterKey, &deviceKeys, &sd.RetryCount, &nextRetry, &received, &updated,
+	)
+	if err != nil {
+		return nil, err
+	}
+	if deviceKeys.Valid {
+		sd.DeviceKeys = json.RawMessage(deviceKeys.String)
+	}
+	if nextRetry.Valid {
+		sd.NextRetry = time.UnixMilli(nextRetry.Int64)
+	}
+	sd.ReceivedAt, sd.UpdatedAt = time.UnixMilli(received), time.UnixMilli(updated)
+	return &sd, nil
+}
+
+func (s *store) sessions(ctx context.Context, query string, args ...any) ([]*SenderData, error) {
+	rows, err := s.Query(ctx, query, args...)
+	list, err := dbutil.NewRowIterWithError(rows, scanSession, err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read sender data: %w", err)
+	}
+	return list, nil
+}
+
+// claims gives every device's claim on the session, the first one first.
+func (s *store) claims(ctx context.Context, sessionID id.SessionID) ([]*SenderData, error) {
+	return s.sessions(ctx, getClaimsQuery, sessionID)
+}
+
+// claim gives one device's claim on the session, or nil.
+func (s *store) claim(ctx context.Context, sessionID id.SessionID, senderKey id.SenderKey) (*SenderData, error) {
+	sd, err := scanSession(s.QueryRow(ctx, getClaimQuery, sessionID, senderKey))
+	if err = ignoreNoRows(err); err != nil {
+		return nil, fmt.Errorf("failed to read sender data: %w", err)
+	}
+	return sd, nil
+}
+
+func (s *store) putClaim(ctx context.Context, sd *SenderData) error {
+	_, err := s.Exec(ctx, upsertSessionQuery,
+		sd.SessionID, sd.SenderKey, sd.SigningKey, sd.RoomID, sd.Sender, sd.Source, sd.Legacy, sd.State, sd.Reason, sd.DeviceID,
+		sd.MasterKey, dbutil.StrPtr(string(sd.DeviceKeys)), sd.RetryCount, dbutil.UnixMilliPtr(sd.NextRetry), sd.ReceivedAt.UnixMilli(), sd.UpdatedAt.UnixMilli())
+	if err != nil {
+		return fmt.Errorf("failed to store sender data: %w", err)
+	}
+	return nil
+}
+
+// mergeClaim stores what a key that has just arrived says, unless more is known already.
+func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) error {
+	stored, err := s.claim(ctx, arrived.SessionID, arrived.SenderKey)
+	if err != nil {
+		return err
+	}
+	merged := mergeSenderData(stored, arrived)
+	if merged == stored {
+		return nil
+	}
+	if stored != nil {
+		merged.ReceivedAt = stored.ReceivedAt
+	}
+	return s.putClaim(ctx, merged)
+}
+
+// nextRetry gives the time of the earliest scheduled retry, or zero.
+func (s *store) nextRetry(ctx context.Context) (time.Time, error) {
+	var ms sql.NullInt64
+	if err := s.QueryRow(ctx, getNextRetryQuery).Scan(&ms); err != nil || !ms.Valid {
+		return time.Time{}, err
+	}
+	return time.UnixMilli(ms.Int64), nil
+}
+
+// Identities and devices.
+
+const (
+	getIdentityQuery = `
+		SELECT user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified
+		FROM sendertrust_identity WHERE user_id=$1
+	`
+	upsertIdentityQuery = `
+		INSERT INTO sendertrust_identity (user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, updated_at_ms)
+		VALUES ($1, $2, $3, $4, $5, $6, $7)
+		ON CONFLICT (user_id) DO UPDATE SET
+			master_key=excluded.master_key, first_master_key=excluded.first_master_key, self_signing_key=excluded.self_signing_key,
+			verified_by=excluded.verified_by, was_verified=excluded.was_verified, updated_at_ms=excluded.updated_at_ms
+	`
+	getDevicesByKeyQuery = `
+		SELECT signing_key, device_keys FROM sendertrust_device
+		WHERE user_id=$1 AND identity_key=$2 AND deleted=false ORDER BY device_id
+	`
+	getSigningKeyQuery = `SELECT signing_key FROM sendertrust_device WHERE user_id=$1 AND device_id=$2 AND deleted=false`
+	deleteDevicesQuery = `UPDATE sendertrust_device SET deleted=true WHERE user_id=$1`
+	upsertDeviceQuery  = `
+		INSERT INTO sendertrust_device (user_id, device_id, identity_key, signing_key, device_keys, deleted)
+		VALUES ($1, $2, $3, $4, $5, false)
+		ON CONFLICT (user_id, device_id) DO UPDATE SET
+			identity_key=excluded.identity_key, signing_key=excluded.signing_key, device_keys=excluded.device_keys, deleted=false
+	`
+)
+
+// identity implements [caches].
+func (s *store) identity(ctx context.Context, userID id.UserID) (*Identity, error) {
+	var i Identity
+	err := s.QueryRow(ctx, getIdentityQuery, userID).
+		Scan(&i.UserID, &i.MasterKey, &i.FirstMasterKey, &i.SelfSigningKey, &i.VerifiedBy, &i.WasVerified)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("failed to read the identity of %s: %w", userID, err)
+	}
+	return &i, nil
+}
+
+// putIdentity stores the identity and judges anew what its user has sent, all in one statement each.
+func (s *store) putIdentity(ctx context.Context, identity *Identity, anchor trustAnchor, now time.Time) error {
+	_, err := s.Exec(ctx, upsertIdentityQuery,
+		identity.UserID, identity.MasterKey, identity.FirstMasterKey, identity.SelfSigningKey, identity.VerifiedBy, identity.WasVerified, now.UnixMilli())
+	if err != nil {
+		return fmt.Errorf("failed to store the identity of %s: %w", identity.UserID, err)
+	}
+	today, earlier := anchor.stateOf(identity.MasterKey, identity), anchor.stateOf("", identity)
+	if _, err = s.Exec(ctx, rejudgeSessionsQuery, identity.UserID, identity.MasterKey, today, earlier, now.UnixMilli()); err != nil {
+		return fmt.Errorf("failed to judge the sessions of %s anew: %w", identity.UserID, err)
+	}
+	return nil
+}
+
+// deviceByKey implements [caches].
+func (s *store) deviceByKey(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) (json.RawMessage, error) {
+	rows, err := s.Query(ctx, getDevicesByKeyQuery, userID, senderKey)
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the devices of %s: %w", userID, err)
+	}
+	var found json.RawMessage
+	err = dbutil.NewRowIter(rows, func(row dbutil.Scannable) (d cachedDevice, err error) {
+		return d, row.Scan(&d.signingKey, &d.keys)
+	}).Iter(func(device cachedDevice) (bool, error) {
+		if found == nil || device.signingKey == signingKey {
+			found = json.RawMessage(device.keys)
+		}
+		return device.signingKey != signingKey, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the devices of %s: %w", userID, err)
+	}
+	return found, nil
+}
+
+type cachedDevice struct {
+	signingKey id.Ed25519
+	keys       string
+}
+
+// putDevice stores a device's published keys. A device ID never changes its ed25519 key while it lives.
+func (s *store) putDevice(ctx context.Context, userID id.UserID, deviceID id.DeviceID, identityKey id.IdentityKey, signingKey id.Ed25519, keys json.RawMessage) error {
+	if _, err := s.Exec(ctx, upsertDeviceQuery, userID, deviceID, identityKey, signingKey, string(keys)); err != nil {
+		return fmt.Errorf("failed to store device %s of %s: %w", deviceID, userID, err)
+	}
+	return nil
+}
+
+// signingKey gives the ed25519 key of a living device, or the empty one.
+func (s *store) signingKey(ctx context.Context, userID id.UserID, deviceID id.DeviceID) (key id.Ed25519, err error) {
+	err = s.QueryRow(ctx, getSigningKeyQuery, userID, deviceID).Scan(&key)
+	return key, ignoreNoRows(err)
+}
+
+func (s *store) markDevicesDeleted(ctx context.Context, userID id.UserID) error {
+	_, err := s.Exec(ctx, deleteDevicesQuery, userID)
+	return err
+}
+
+// What mautrix stores, where its own methods do not say it.
+
+const (
+	getHolderQuery = `
+		SELECT room_id, sender_key, signing_key FROM crypto_megolm_inbound_session
+		WHERE account_id=$1 AND session_id=$2 AND session IS NOT NULL
+	`
+	isTrackedQuery  = `SELECT devices_outdated FROM crypto_tracked_user WHERE user_id=$1`
+	getAccountQuery = `SELECT account_id, device_id FROM crypto_account`
+	getTokenQuery   = `SELECT sync_token FROM crypto_account WHERE account_id=$1`
+)
+
+// holder is the device and the room that a stored Megolm session belongs to.
+type holder struct {
+	roomID     id.RoomID
+	senderKey  id.SenderKey
+	signingKey id.Ed25519
+}
+
+// holder gives who holds the session ID in mautrix's store, in whatever room; nil when there is no key of it.
+func (s *store) holder(ctx context.Context, accountID string, sessionID id.SessionID) (*holder, error) {
+	var h holder
+	err := s.QueryRow(ctx, getHolderQuery, accountID, sessionID).Scan(&h.roomID, &h.senderKey, &h.signingKey)
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("failed to look for another holder of session %s: %w", sessionID, err)
+	}
+	return &h, nil
+}
+
+// checkAccount refuses a database that another account or device has used.
+func (s *store) checkAccount(ctx context.Context, accountID string, deviceID id.DeviceID) error {
+	rows, err := s.Query(ctx, getAccountQuery)
+	if err != nil {
+		return fmt.Errorf("failed to read whose database it is: %w", err)
+	}
+	return dbutil.NewRowIter(rows, func(row dbutil.Scannable) (a account, err error) {
+		return a, row.Scan(&a.id, &a.deviceID)
+	}).Iter(func(stored account) (bool, error) {
+		switch {
+		case stored.id != accountID:
+			return false, fmt.Errorf("%w: it was made for %s, and the client is %s", ErrOtherAccount, stored.id, accountID)
+		case stored.deviceID != deviceID:
+			return false, fmt.Errorf("%w: it was made for %s, and the client is %s", ErrOtherDevice, stored.deviceID, deviceID)
+		}
+		return true, nil
+	})
+}
+
+type account struct {
+	id       string
+	deviceID id.DeviceID
+}
+
+// deviceListCurrent says whether mautrix tracks the user's devices and nothing was announced to have changed since.
+func (s *store) deviceListCurrent(ctx context.Context, userID id.UserID) (bool, error) {
+	var outdated bool
+	err := s.QueryRow(ctx, isTrackedQuery, userID).Scan(&outdated)
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
+	}
+	return !outdated, err
+}
+
+// The inbox.
+
+const (
+	insertInboxQuery = `
+		INSERT INTO sendertrust_inbox (event_id, seq, room_id, room_encrypted, received_at_ms, event)
+		VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (event_id) DO NOTHING
+	`
+	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event FROM sendertrust_inbox WHERE event IS NOT NULL AND seq>$1 ORDER BY seq LIMIT $2`
+	markHandledQuery = `UPDATE sendertrust_inbox SET event=NULL WHERE event_id=$1`
+	pruneInboxQuery  = `DELETE FROM sendertrust_inbox WHERE event IS NULL AND received_at_ms<$1`
+	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox`
+)
+
+// inboxEvent is a room event that handlers have yet to see.
+type inboxEvent struct {
+	eventID       id.EventID
+	seq           int64
+	roomID        id.RoomID
+	roomEncrypted bool
+	receivedAt    time.Time
+	event         string
+	// retryAt is when an event that has to wait is tried again without being woken.
+	retryAt time.Time
+}
+
+func scanInboxEvent(row dbutil.Scannable) (*inboxEvent, error) {
+	var e inboxEvent
+	var received int64
+	err := row.Scan(&e.eventID, &e.seq, &e.roomID, &e.roomEncrypted, &received, &e.event)
+	e.receivedAt = time.UnixMilli(received)
+	return &e, err
+}
+
+func (s *store) putInboxEvent(ctx context.Context, e *inboxEvent) error {
+	_, err := s.Exec(ctx, insertInboxQuery, e.eventID, e.seq, e.roomID, e.roomEncrypted, e.receivedAt.UnixMilli(), e.event)
+	if err != nil {
+		return fmt.Errorf("failed to store event %s in the inbox: %w", e.eventID, err)
+	}
+	return nil
+}
+
+// pendingInbox gives the events after seq that wait for their handlers, in the order in which they came.
+func (s *store) pendingInbox(ctx context.Context, seq int64, limit int) ([]*inboxEvent, error) {
+	rows, err := s.Query(ctx, getInboxQuery, seq, limit)
+	events, err := dbutil.NewRowIterWithError(rows, scanInboxEvent, err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the inbox: %w", err)
+	}
+	return events, nil
+}
+
+func (s *store) markHandled(ctx context.Context, eventID id.EventID) error {
+	_, err := s.Exec(ctx, markHandledQuery, eventID)
+	return err
+}
+
+func (s *store) pruneInbox(ctx context.Context, before time.Time) error {
+	_, err := s.Exec(ctx, pruneInboxQuery, before.UnixMilli())
+	return err
+}
+
+func (s *store) lastSeq(ctx context.Context) (seq int64, err error) {
+	err = s.QueryRow(ctx, lastSeqQuery).Scan(&seq)
+	return seq, err
+}
