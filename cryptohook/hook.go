@@ -97,7 +97,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hoo
 	}
 	h := &Hook{
 		client: client, options: options, clock: options.Clock, sessions: NewSessionManager(),
-		log: client.Log.With().Str("component", "crypto").Logger(),
+		log: client.Log,
 	}
 	stateStore, err := h.openStores(ctx)
 	if err != nil {
@@ -268,4 +268,18 @@ func (h *Hook) RequestSession(ctx context.Context, roomID id.RoomID, senderKey i
 	if err := h.mach.SendRoomKeyRequest(ctx, roomID, senderKey, sessionID, "", users); err != nil {
 		h.log.Warn().Err(err).Stringer("session_id", sessionID).Msg("Failed to ask for a session")
 	}
+}
+
+// StoredDevice gives the device that the database was made for, empty for a new one, so that a login can ask for the same
+// again. It fails with [ErrOtherAccount] when the database belongs to somebody else.
+func StoredDevice(ctx context.Context, db *dbutil.Database, userID id.UserID) (id.DeviceID, error) {
+	cryptoStore := crypto.NewSQLCryptoStore(db, dbutil.NoopLogger, userID.String(), "", nil)
+	if err := cryptoStore.DB.Upgrade(ctx); err != nil {
+		return "", fmt.Errorf("failed to upgrade the crypto store: %w", err)
+	}
+	deviceID, err := cryptoStore.FindDeviceID(ctx)
+	if err != nil || deviceID != "" {
+		return deviceID, err
+	}
+	return "", newStore(db, dbutil.NoopLogger).checkAccount(ctx, userID.String(), "")
 }

@@ -1,0 +1,750 @@
+package bot
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net/url"
+	"os"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+
+	"github.com/rs/zerolog"
+	"go.mau.fi/util/glob"
+	"go.mau.fi/util/ptr"
+	"go.mau.fi/util/random"
+	"go.mau.fi/zeroconfig"
+	"gopkg.in/yaml.v3"
+	"maunium.net/go/mautrix/crypto/utils"
+	"maunium.net/go/mautrix/id"
+)
+
+// The values of annotate.mode that this version knows.
+const (
+	ModeReply    = "reply"    // every message is answered
+	ModeWarnings = "warnings" // only messages with a warning are answered
+)
+
+// The values of annotate.shields: whether a sender who is not verified is shown without a warning.
+const (
+	ShieldsLax    = "lax"
+	ShieldsStrict = "strict"
+)
+
+// Generate is the word that a secret has in the config file when the program is to make it up and write it there.
+const Generate = "generate"
+
+// The keys whose value may be Generate.
+const (
+	recoveryKey = "account.recovery_key"
+	pickleKey   = "encryption.pickle_key"
+)
+
+// MaxWait is the longest time that encryption.wait may name.
+const MaxWait = 10 * time.Minute
+
+const maxConfigSize = 1 << 20
+
+// Config holds the settings. Its shape is that of config.example.yaml, where each setting is explained.
+type Config struct {
+	Homeserver struct {
+		Address string `yaml:"address"`
+	} `yaml:"homeserver"`
+
+	Account struct {
+		UserID        id.UserID   `yaml:"user_id"`
+		Password      Secret      `yaml:"password"`
+		AccessToken   Secret      `yaml:"access_token"`
+		DeviceID      id.DeviceID `yaml:"device_id"`
+		RecoveryKey   Secret      `yaml:"recovery_key"` // empty, a base58 recovery key, or Generate: see StoreRecoveryKey
+		ResetIdentity bool        `yaml:"reset_identity"`
+	} `yaml:"account"`
+
+	Database struct {
+		Type string `yaml:"type"` // the name of dbutil's driver
+		URI  string `yaml:"uri"`
+	} `yaml:"database"`
+
+	Encryption struct {
+		PickleKey Secret        `yaml:"pickle_key"` // never empty and never Generate after Load
+		Wait      time.Duration `yaml:"wait"`       // how long an undecryptable message waits for its key before it is answered
+	} `yaml:"encryption"`
+
+	Invites struct {
+		Allow []string `yaml:"allow"` // globs on user IDs: see InviteAllowed
+	} `yaml:"invites"`
+
+	Annotate struct {
+		Mode    string `yaml:"mode"`    // ModeReply or ModeWarnings
+		Shields string `yaml:"shields"` // ShieldsLax or ShieldsStrict
+	} `yaml:"annotate"`
+
+	Trust struct {
+		Requirement   string                   `yaml:"requirement"` // untrusted, cross_signed_or_legacy or cross_signed
+		Operators     []id.UserID              `yaml:"operators"`
+		VerifiedUsers map[id.UserID]id.Ed25519 `yaml:"verified_users"` // pinned master keys: 32 bytes, unpadded base64, after Load
+	} `yaml:"trust"`
+
+	Metrics struct {
+		Listen string `yaml:"listen"`
+	} `yaml:"metrics"`
+
+	Logging zeroconfig.Config `yaml:"logging"`
+
+	path     string // of the file that the settings came from
+	readOnly bool   // LoadOptions.ReadOnly
+}
+
+// defaultConfig holds what a key is that neither the file nor the environment names.
+// config.example.yaml says the same: a test compares them.
+func defaultConfig() *Config {
+	var c Config
+	c.Database.Type = "sqlite3-fk-wal-fullsync"
+	c.Database.URI = "file:data/sendertrust.db?_txlock=immediate"
+	c.Encryption.PickleKey = Generate
+	c.Encryption.Wait = 25 * time.Second
+	c.Annotate.Mode = ModeReply
+	c.Annotate.Shields = ShieldsLax
+	c.Trust.Requirement = "untrusted"
+	c.Logging.MinLevel = ptr.Ptr(zerolog.InfoLevel)
+	return &c
+}
+
+// requiredKeys have no default: what config.example.yaml shows for them is an example, and is never put into a user's file.
+var requiredKeys = []string{"homeserver.address", "account.user_id"}
+
+// Secret is a setting that nobody may read by accident: however it is printed, logged or encoded, it shows only whether
+// it is set. Reveal returns what it is.
+type Secret string
+
+// Reveal returns the secret itself.
+func (s Secret) Reveal() string { return string(s) }
+
+// String returns "[redacted]", or nothing if the secret is empty.
+func (s Secret) String() string {
+	if s == "" {
+		return ""
+	}
+	return "[redacted]"
+}
+
+// Format implements [fmt.Formatter]: no verb prints the secret.
+func (s Secret) Format(state fmt.State, _ rune) { _, _ = io.WriteString(state, s.String()) }
+
+// MarshalText implements [encoding.TextMarshaler], and with it the JSON and YAML encodings, as String does.
+func (s Secret) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// ConfigError tells what is wrong with the settings.
+type ConfigError struct {
+	Faults []string // one line for each, ready to be shown: where it is, which key, what is wrong, what would be right
+}
+
+// Error returns all faults, one a line. It never contains a secret.
+func (e *ConfigError) Error() string { return strings.Join(e.Faults, "\n") }
+
+func configFault(format string, args ...any) *ConfigError {
+	return &ConfigError{Faults: []string{fmt.Sprintf(format, args...)}}
+}
+
+// LoadOptions are the circumstances under which Load reads a config.
+type LoadOptions struct {
+	Example  string   // the text of config.example.yaml: keys that the file lacks are added from it, with their explanations
+	ReadOnly bool     // the file is never written; a secret that would have to be generated is then an error
+	Environ  []string // in the form of os.Environ, which is used if this is nil
+}
+
+// Load reads the config file at path, lets the environment override it, and checks every setting. Then it writes the
+// file back if it lacked keys or had secrets to generate: nothing else in the file changes, not a byte, and what came
+// from the environment is not written. The folder of an SQLite database is created if only that is missing.
+//
+// The error is a *[ConfigError].
+func Load(path string, options LoadOptions) (*Config, error) {
+	text, fault := readConfigFile(path)
+	if fault != nil {
+		return nil, fault
+	}
+	environ := options.Environ
+	if environ == nil {
+		environ = os.Environ()
+	}
+	r := readConfig(path, text, environ)
+	r.checkDatabaseFile()
+	if len(r.faults) > 0 {
+		return nil, &ConfigError{r.faults}
+	}
+	c := r.config
+	c.path, c.readOnly = path, options.ReadOnly
+	if c.readOnly {
+		if err := r.refuseGenerate(); err != nil {
+			return nil, err
+		}
+		return c, nil
+	}
+	completed := addMissingKeys(text, options.Example, r.fromEnvironment)
+	if c.Encryption.PickleKey == Generate {
+		c.Encryption.PickleKey = Secret(random.String(64))
+		if completed = replaceGenerate(completed, pickleKey, c.Encryption.PickleKey); completed == nil {
+			return nil, configFault(`%s: encryption.pickle_key: cannot be written to this file; add the key to the section "encryption" yourself, with a long random value`, path)
+		}
+	}
+	if bytes.Equal(completed, text) {
+		return c, nil
+	}
+	if err := writeConfigFile(path, completed); err != nil {
+		return nil, configFault("%s: cannot be rewritten: %v; let the program write it and its folder, or complete it yourself and use -n", path, withoutPath(err))
+	}
+	return c, nil
+}
+
+// StoreRecoveryKey writes key to the config file in place of the word "generate" at account.recovery_key.
+// Any other value there is left alone, and is an error.
+func (c *Config) StoreRecoveryKey(key string) error {
+	if c.Account.RecoveryKey != Generate || c.readOnly || c.path == "" {
+		return errors.New(`account.recovery_key: the key was not stored: the config file does not say "generate" there`)
+	}
+	text, fault := readConfigFile(c.path)
+	if fault != nil {
+		return fault
+	}
+	if text = replaceGenerate(text, recoveryKey, Secret(key)); text == nil {
+		return configFault(`%s: account.recovery_key: no longer says "generate", so the key was not stored`, c.path)
+	}
+	if err := writeConfigFile(c.path, text); err != nil {
+		return configFault("%s: account.recovery_key: the key could not be stored: %v", c.path, withoutPath(err))
+	}
+	c.Account.RecoveryKey = Secret(key)
+	return nil
+}
+
+// InviteAllowed reports whether invites.allow lets this user bring the bot into a room.
+func (c *Config) InviteAllowed(user id.UserID) bool {
+	if !isFullUserID(user) {
+		return false
+	}
+	return slices.ContainsFunc(c.Invites.Allow, func(pattern string) bool {
+		compiled := glob.Compile(pattern)
+		return compiled != nil && compiled.Match(string(user))
+	})
+}
+
+// validate checks what each setting says; its form was checked when it was read.
+func (r *configReader) validate() {
+	c := r.config
+	r.checkAddress()
+	r.checkUserID("account.user_id", c.Account.UserID)
+	if c.Account.Password == "" && c.Account.AccessToken == "" && !r.misunderstood("account.access_token") {
+		r.fault("account.password", "is missing, and account.access_token too; write one of the two")
+	}
+	if key := c.Account.RecoveryKey; key != "" && key != Generate && utils.DecodeBase58RecoveryKey(key.Reveal()) == nil {
+		r.fault(recoveryKey, `is not a recovery key; write the 48 letters and digits, in groups of four, that begin with "Es" (a passphrase does not do), or generate, or ""`)
+	}
+	r.checkDatabaseType()
+	if c.Encryption.PickleKey == "" {
+		r.fault(pickleKey, "is empty; write generate, and the program makes a key")
+	}
+	if c.Encryption.Wait < 0 || c.Encryption.Wait > MaxWait {
+		r.fault("encryption.wait", "%q is out of range; write a time from 0s to 10m, for example 25s", c.Encryption.Wait)
+	}
+	for _, pattern := range c.Invites.Allow {
+		r.checkInviteGlob(pattern)
+	}
+	r.checkMode()
+	r.checkChoice("annotate.shields", c.Annotate.Shields, ShieldsLax, ShieldsStrict)
+	r.checkChoice("trust.requirement", c.Trust.Requirement, "untrusted", "cross_signed_or_legacy", "cross_signed")
+	for _, user := range c.Trust.Operators {
+		r.checkUserID("trust.operators", user)
+	}
+	r.checkVerifiedUsers()
+	if listen := c.Metrics.Listen; listen != "" {
+		r.fault("metrics.listen", `%s: metrics are not available in this version; write ""`, quoteValue(listen))
+	}
+	for _, writer := range c.Logging.Writers {
+		r.checkChoice("logging.writers", string(writer.Type), "stdout", "stderr", "file", "syslog", "syslog-cee", "journald")
+		if writer.Format != "" {
+			r.checkChoice("logging.writers", string(writer.Format), "json", "pretty", "pretty-colored")
+		}
+	}
+}
+
+func (r *configReader) checkAddress() {
+	const right = "write for example http://127.0.0.1:8008"
+	address := r.config.Homeserver.Address
+	parsed, err := url.Parse(address)
+	switch {
+	case address == "":
+		r.fault("homeserver.address", "is missing; "+right)
+	case strings.Contains(address, "@"):
+		r.fault("homeserver.address", "contains a user name or password; "+right)
+	case err != nil || (parsed.Scheme != "http" && parsed.Scheme != "https"):
+		r.fault("homeserver.address", "%s is not an http or https URL; "+right, quoteValue(address))
+	case parsed.Hostname() == "" || !validPort(parsed):
+		r.fault("homeserver.address", "%s names no server that can be reached; "+right, quoteValue(address))
+	case parsed.RawQuery != "" || parsed.Fragment != "":
+		r.fault("homeserver.address", "%s has a part after ? or #; "+right, quoteValue(address))
+	}
+}
+
+// validPort reports whether the port of a URL is one, or left to the scheme.
+func validPort(address *url.URL) bool {
+	port, err := strconv.Atoi(address.Port())
+	return !strings.HasSuffix(address.Host, ":") && (address.Port() == "" || err == nil && port > 0 && port < 1<<16)
+}
+
+func (r *configReader) checkUserID(key string, user id.UserID) {
+	if user == "" {
+		r.fault(key, "is missing; write a full Matrix ID, for example @bot:example.com")
+	} else if !isFullUserID(user) {
+		r.fault(key, "%s is not a full Matrix ID; write for example @bot:example.com", quoteValue(string(user)))
+	}
+}
+
+func isFullUserID(user id.UserID) bool {
+	localpart, _, err := user.ParseAndValidateRelaxed()
+	return err == nil && localpart != "" && utf8.ValidString(localpart) && !strings.ContainsAny(localpart, " \t\r\n\x00")
+}
+
+var databaseTypes = []string{"sqlite3-fk-wal-fullsync", "sqlite3-fk-wal"}
+
+func (r *configReader) checkDatabaseType() {
+	database := r.config.Database
+	if database.Type == "postgres" {
+		r.fault("database.type", `"postgres" is not in this build, which lacks PostgreSQL support; write sqlite3-fk-wal-fullsync`)
+		return
+	}
+	r.checkChoice("database.type", database.Type, databaseTypes...)
+}
+
+// checkDatabaseFile finds out whether the SQLite file can be written, and creates its folder if only that is missing.
+func (r *configReader) checkDatabaseFile() {
+	const key = "database.uri"
+	if r.misunderstood(key) || !slices.Contains(databaseTypes, r.config.Database.Type) {
+		return
+	}
+	file, err := sqliteFile(r.config.Database.URI)
+	if err != nil {
+		r.fault(key, "%v; write for example file:data/sendertrust.db?_txlock=immediate", err)
+		return
+	}
+	if file == ":memory:" {
+		return
+	}
+	folder := filepath.Dir(file)
+	if _, err = os.Stat(folder); errors.Is(err, fs.ErrNotExist) {
+		if len(r.faults) > 0 {
+			return
+		}
+		if err = os.Mkdir(folder, 0o700); err != nil {
+			r.fault(key, "the folder %s is missing and cannot be made: %v; make it yourself, or name another", quoteValue(folder), withoutPath(err))
+			return
+		}
+	}
+	if err = tryToWrite(folder); err != nil {
+		r.fault(key, "the folder %s cannot be written: %v; give the bot's user the right to write there, or name another", quoteValue(folder), withoutPath(err))
+		return
+	}
+	existing, err := os.OpenFile(file, os.O_RDWR, 0)
+	if err == nil {
+		_ = existing.Close()
+	} else if !errors.Is(err, fs.ErrNotExist) {
+		r.fault(key, "%s cannot be written: %v; give the bot's user the right to write it, or name another file", quoteValue(file), withoutPath(err))
+	}
+}
+
+// sqliteFile returns the path of the file that an SQLite URI names, or ":memory:".
+func sqliteFile(uri string) (string, error) {
+	path, isURI := strings.CutPrefix(uri, "file:")
+	path, query, _ := strings.Cut(path, "?")
+	if isURI {
+		path, _, _ = strings.Cut(path, "#")
+		path = strings.TrimPrefix(path, "//localhost")
+		if rest, ok := strings.CutPrefix(path, "//"); ok && strings.HasPrefix(rest, "/") {
+			path = rest
+		}
+		unescaped, err := url.PathUnescape(path)
+		if err != nil {
+			return "", errors.New("is not an SQLite URI")
+		}
+		path = unescaped
+	}
+	switch {
+	case path == ":memory:" || slices.Contains(strings.Split(query, "&"), "mode=memory"):
+		return ":memory:", nil
+	case path == "" || strings.Contains(path, "://") || strings.HasPrefix(path, "//") || strings.HasSuffix(path, "/") || strings.Contains(path, "\x00"):
+		return "", errors.New("names no file") // without the value: a PostgreSQL URI would hold a password
+	}
+	return path, nil
+}
+
+func tryToWrite(folder string) error {
+	probe, err := os.CreateTemp(folder, ".sendertrust-*")
+	if err != nil {
+		return err
+	}
+	_ = probe.Close()
+	return os.Remove(probe.Name())
+}
+
+func (r *configReader) checkInviteGlob(pattern string) {
+	const right = `write for example "@*:example.com"`
+	switch {
+	case glob.Compile(pattern) == nil:
+		r.fault("invites.allow", "%s is not a pattern; "+right, quoteValue(pattern))
+	case !strings.HasPrefix(pattern, "@") && !strings.HasPrefix(pattern, "*") && !strings.HasPrefix(pattern, "?"),
+		!strings.ContainsAny(pattern, ":*?"):
+		r.fault("invites.allow", "%s can never match a Matrix ID; "+right, quoteValue(pattern))
+	}
+}
+
+func (r *configReader) checkMode() {
+	switch mode := r.config.Annotate.Mode; mode {
+	case ModeReply, ModeWarnings:
+	case "reaction", "command":
+		r.fault("annotate.mode", "%q is not available in this version; use reply or warnings", mode)
+	default:
+		r.checkChoice("annotate.mode", mode, ModeReply, ModeWarnings)
+	}
+}
+
+func (r *configReader) checkChoice(key, value string, choices ...string) {
+	if !slices.Contains(choices, value) {
+		last := len(choices) - 1
+		r.fault(key, "%s is not one of the choices; write %s or %s", quoteValue(value), strings.Join(choices[:last], ", "), choices[last])
+	}
+}
+
+func (r *configReader) checkVerifiedUsers() {
+	pins := r.config.Trust.VerifiedUsers
+	users := make([]id.UserID, 0, len(pins))
+	for user := range pins {
+		users = append(users, user)
+	}
+	slices.Sort(users)
+	for _, user := range users {
+		r.checkUserID("trust.verified_users", user)
+		key, err := parseMasterKey(string(pins[user]))
+		if err != nil {
+			r.fault("trust.verified_users", "the key of %s %v; write the user's master key: 43 letters, digits, + and /", quoteValue(string(user)), err)
+		}
+		pins[user] = key
+	}
+}
+
+// parseMasterKey reads an ed25519 public key as people copy it, with spaces and padding, into unpadded base64.
+func parseMasterKey(text string) (id.Ed25519, error) {
+	text = strings.TrimRight(strings.Join(strings.Fields(text), ""), "=")
+	key, err := base64.RawStdEncoding.Strict().DecodeString(text)
+	if err != nil {
+		return "", errors.New("is not base64")
+	}
+	if len(key) != 32 {
+		return "", fmt.Errorf("has %d bytes instead of 32", len(key))
+	}
+	return id.Ed25519(text), nil
+}
+
+// refuseGenerate returns the error that says which secrets would be lost because the file is not written.
+func (r *configReader) refuseGenerate() error {
+	const fault = `"generate" would be lost, because -n forbids to write the file; write the secret itself, or start once without -n`
+	if r.config.Account.RecoveryKey == Generate {
+		r.fault(recoveryKey, fault)
+	}
+	if r.config.Encryption.PickleKey == Generate {
+		r.fault(pickleKey, fault)
+	}
+	if len(r.faults) == 0 {
+		return nil
+	}
+	return &ConfigError{r.faults}
+}
+
+func readConfigFile(path string) ([]byte, *ConfigError) {
+	text, err := readSmallFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, configFault("%s: is not there; make it with: sendertrust -e -c %s", path, path)
+	} else if err != nil {
+		return nil, configFault("%s: cannot be read: %v", path, withoutPath(err))
+	}
+	return text, nil
+}
+
+func readSmallFile(path string) ([]byte, error) {
+	file, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer file.Close()
+	text, err := io.ReadAll(io.LimitReader(file, maxConfigSize+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(text) > maxConfigSize {
+		return nil, errors.New("it is larger than 1 MiB")
+	}
+	return text, nil
+}
+
+// writeConfigFile replaces the file at path, or the one that a link there leads to, so that at any moment it is either the
+// old one or the new one. Only its owner may read it.
+func writeConfigFile(path string, text []byte) (err error) {
+	if path, err = filepath.EvalSymlinks(path); err != nil {
+		return err
+	}
+	folder := filepath.Dir(path)
+	temp, err := os.CreateTemp(folder, ".sendertrust-config-*") // with mode 0600
+	if err != nil {
+		return err
+	}
+	defer os.Remove(temp.Name()) // fails once it is renamed
+	_, err = temp.Write(text)
+	if err = errors.Join(err, temp.Sync(), temp.Close()); err != nil {
+		return err
+	}
+	if err = os.Rename(temp.Name(), path); err != nil {
+		return err
+	}
+	opened, err := os.Open(folder)
+	if err != nil {
+		return err
+	}
+	return errors.Join(opened.Sync(), opened.Close())
+}
+
+// withoutPath returns the cause of a file error: the path in it may be a secret that was written into the wrong place.
+func withoutPath(err error) error {
+	if pathError, ok := errors.AsType[*fs.PathError](err); ok {
+		return pathError.Err
+	}
+	if linkError, ok := errors.AsType[*os.LinkError](err); ok {
+		return linkError.Err
+	}
+	return err
+}
+
+// The text of the file is edited in place, so that all that the user wrote stays as it is: the YAML nodes only tell where.
+// An edit is accepted if the new text means what the old one meant, with the intended change and no other.
+
+// addMissingKeys returns text with the keys of the example that it lacks, except the required ones and those to skip.
+// Sections in flow style ({…}) stay as they are, unless the program must write a secret there.
+func addMissingKeys(text []byte, example string, skip func(key string) bool) []byte {
+	for _, section := range splitExample(example) {
+		root := mustParseYAML(text)
+		header, body := mappingEntry(root, section.name)
+		if header != nil && section.name == "logging" {
+			continue // zeroconfig's own
+		}
+		var lines strings.Builder
+		added := map[string]any{}
+		for _, key := range section.keys {
+			path := section.name + "." + key.name
+			if present, _ := mappingEntry(body, key.name); present != nil || skip(path) || slices.Contains(requiredKeys, path) {
+				continue
+			}
+			lines.WriteString(key.text)
+			added[path] = key.value
+		}
+		var edited []byte
+		switch {
+		case len(added) == 0:
+			continue
+		case header == nil && root.Style&yaml.FlowStyle == 0:
+			edited = appendLines(text, "\n"+section.header+indented(lines.String(), "    "))
+		case header != nil && body.Style&yaml.FlowStyle == 0:
+			edited = insertLines(text, header.Line, indented(lines.String(), indentation(body)))
+		case added[pickleKey] != nil:
+			added = map[string]any{pickleKey: Generate}
+			edited = insertFlow(text, root, body, "encryption", "pickle_key: "+Generate)
+		}
+		if changedOnly(text, edited, added) {
+			text = edited
+		}
+	}
+	return text
+}
+
+// replaceGenerate returns text with the secret in place of the word Generate at key, or nil if the word is not there.
+func replaceGenerate(text []byte, key string, secret Secret) []byte {
+	root, err := parseYAML(text)
+	if err != nil {
+		return nil
+	}
+	section, name, _ := strings.Cut(key, ".")
+	_, body := mappingEntry(root, section)
+	_, value := mappingEntry(body, name)
+	if value == nil || value.Value != Generate {
+		return nil
+	}
+	quoted, err := json.Marshal(secret.Reveal()) // a JSON string is a YAML string too
+	if err != nil {
+		return nil
+	}
+	at := byteOffset(text, value.Line, value.Column)
+	for _, written := range []string{Generate, `"` + Generate + `"`, `'` + Generate + `'`} {
+		if bytes.HasPrefix(text[at:], []byte(written)) {
+			edited := slices.Concat(text[:at], quoted, text[at+len(written):])
+			if changedOnly(text, edited, map[string]any{key: secret.Reveal()}) {
+				return edited
+			}
+		}
+	}
+	return nil
+}
+
+// changedOnly reports whether edited means the same as text, except that the keys of change have these values.
+func changedOnly(text, edited []byte, change map[string]any) bool {
+	var before, after map[string]any
+	if yaml.Unmarshal(text, &before) != nil || yaml.Unmarshal(edited, &after) != nil {
+		return false
+	}
+	for key, value := range change {
+		section, name, _ := strings.Cut(key, ".")
+		if before[section] == nil {
+			before[section] = map[string]any{}
+		}
+		if body, ok := before[section].(map[string]any); ok {
+			body[name] = value
+		}
+	}
+	if _, err := parseYAML(edited); err != nil { // also refuses a second document
+		return false
+	}
+	return reflect.DeepEqual(before, after)
+}
+
+// exampleSection is a part of config.example.yaml.
+type exampleSection struct {
+	name   string
+	header string // its comment, and the line with its name
+	keys   []exampleKey
+}
+
+type exampleKey struct {
+	name  string
+	text  string // its comment and its value, not indented
+	value any
+}
+
+func splitExample(example string) []exampleSection {
+	if example == "" {
+		return nil
+	}
+	lines := strings.SplitAfter(example, "\n")
+	root := mustParseYAML([]byte(example))
+	var sections []exampleSection
+	for i := 0; i < len(root.Content); i += 2 {
+		header, body := root.Content[i], root.Content[i+1]
+		end := len(lines)
+		if i+2 < len(root.Content) {
+			end = commentStart(lines, root.Content[i+2].Line)
+		}
+		section := exampleSection{name: header.Value, header: strings.Join(lines[commentStart(lines, header.Line):header.Line], "")}
+		for j := 0; j < len(body.Content); j += 2 {
+			keyEnd := end
+			if j+2 < len(body.Content) {
+				keyEnd = commentStart(lines, body.Content[j+2].Line)
+			}
+			key := exampleKey{name: body.Content[j].Value}
+			for _, line := range lines[commentStart(lines, body.Content[j].Line):keyEnd] {
+				if strings.TrimSpace(line) != "" {
+					key.text += strings.TrimPrefix(line, "    ")
+				}
+			}
+			_ = body.Content[j+1].Decode(&key.value) // any value decodes into any
+			section.keys = append(section.keys, key)
+		}
+		sections = append(sections, section)
+	}
+	return sections
+}
+
+// commentStart returns the index of the first line of the comment directly above a line, which is counted from 1.
+func commentStart(lines []string, line int) int {
+	start := line - 1
+	for start > 0 && strings.HasPrefix(strings.TrimSpace(lines[start-1]), "#") {
+		start--
+	}
+	return start
+}
+
+func indented(lines, indent string) string {
+	return indent + strings.TrimSuffix(strings.ReplaceAll(lines, "\n", "\n"+indent), indent)
+}
+
+// indentation returns how the keys of a section are indented.
+func indentation(body *yaml.Node) string {
+	if len(body.Content) == 0 {
+		return "    "
+	}
+	return strings.Repeat(" ", body.Content[0].Column-1)
+}
+
+func appendLines(text []byte, lines string) []byte {
+	return insertLines(text, bytes.Count(text, []byte("\n"))+1, lines)
+}
+
+// insertLines returns text with lines after the given one, which is counted from 1, with the line endings of the text.
+func insertLines(text []byte, after int, lines string) []byte {
+	at := byteOffset(text, after+1, 1)
+	if at == len(text) && !bytes.HasSuffix(text, []byte("\n")) {
+		lines = "\n" + lines
+	}
+	if bytes.Contains(text, []byte("\r\n")) {
+		lines = strings.ReplaceAll(lines, "\n", "\r\n")
+	}
+	return slices.Concat(text[:at], []byte(lines), text[at:])
+}
+
+// insertFlow returns text with an entry at the beginning of a section in flow style, which it makes if body is nil.
+func insertFlow(text []byte, root, body *yaml.Node, section, entry string) []byte {
+	into := body
+	if body == nil {
+		into = root
+		entry = section + ": {" + entry + "}"
+	}
+	if len(into.Content) > 0 {
+		entry += ", "
+	}
+	at := byteOffset(text, into.Line, into.Column) + len("{")
+	if at > len(text) {
+		return nil
+	}
+	return slices.Concat(text[:at], []byte(entry), text[at:])
+}
+
+// byteOffset returns where a line and column are, both counted from 1, the column in characters; or the end of the text.
+func byteOffset(text []byte, line, column int) int {
+	at := 0
+	for ; line > 1; line-- {
+		next := bytes.IndexByte(text[at:], '\n')
+		if next < 0 {
+			return len(text)
+		}
+		at += next + 1
+	}
+	for ; column > 1 && at < len(text); column-- {
+		_, size := utf8.DecodeRune(text[at:])
+		at += size
+	}
+	return at
+}
+
+// mappingEntry returns the key and the value of an entry, or nil and nil if there is none.
+func mappingEntry(mapping *yaml.Node, name string) (key, value *yaml.Node) {
+	if mapping == nil || mapping.Kind != yaml.MappingNode {
+		return nil, nil
+	}
+	for i := 0; i+1 < len(mapping.Content); i += 2 {
+		if mapping.Content[i].Value == name {
+			return mapping.Content[i], mapping.Content[i+1]
+		}
+	}
+	return nil, nil
+}

@@ -1,0 +1,206 @@
+package bot
+
+import (
+	"fmt"
+	"html"
+	"strings"
+
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+
+	"sendertrust/cryptohook"
+)
+
+// What people read. They have never heard of a master key: each answer says what is known about the sender, how sure that is,
+// and what to do about it.
+
+// text is one answer: a headline, what is known, and what to do.
+type text struct {
+	sign     string
+	headline string
+	known    string
+	advice   string
+}
+
+// plain is the answer for clients that show no HTML.
+func (t text) plain() string {
+	parts := []string{t.sign + " " + t.headline, t.known}
+	if t.advice != "" {
+		parts = append(parts, t.advice)
+	}
+	return strings.Join(parts, "\n")
+}
+
+// html is the answer with its headline in bold. Every part is escaped: names in it come from strangers.
+func (t text) html() string {
+	parts := []string{t.sign + " <strong>" + html.EscapeString(t.headline) + "</strong>", html.EscapeString(t.known)}
+	if t.advice != "" {
+		parts = append(parts, "<em>"+html.EscapeString(t.advice)+"</em>")
+	}
+	return strings.Join(parts, "<br/>")
+}
+
+const (
+	signVerified = "✅"
+	signPlain    = "ℹ️"
+	signCaution  = "⚠️"
+	signWarning  = "⛔"
+)
+
+// explain words the verdict on a message that came under the name of sender.
+func explain(v cryptohook.Verdict, sender id.UserID) text {
+	name, device := clip(sender.String()), describeDevice(v.DeviceID)
+	switch v.Code {
+	case cryptohook.CodeVerified:
+		return text{signVerified, "Verified: this is really " + name + ".",
+			"It was sent from " + device + ", which this person has confirmed as their own, and the operator of this bot has checked that the account belongs to them.",
+			""}
+	case cryptohook.CodeUnverifiedIdentity:
+		return text{signPlain, "From the account " + name + ", not verified in person.",
+			"It was sent from " + device + ", which the owner of the account has confirmed as their own. Nobody has checked for this bot who the owner is.",
+			"To be sure who they are, compare their security key with them over another channel, for example face to face: " + groups(v.MasterKey)}
+	case cryptohook.CodeIdentityChanged:
+		return text{signCaution, "The identity of " + name + " has changed.",
+			"It was sent from " + device + ", which its owner has confirmed, but with other keys than this bot saw first. People change them when they lose all their devices; somebody who takes over an account does, too.",
+			"Ask them over another channel whether they have reset their encryption identity, before you rely on this message."}
+	case cryptohook.CodeVerificationViolation:
+		return text{signWarning, "The verified identity of " + name + " has been replaced.",
+			"This person was verified, and the account now uses an identity that was not. They may have reset their encryption, or somebody else has taken over the account.",
+			"Do not act on this message. Ask them over another channel, then have the operator of this bot verify the new identity."}
+	case cryptohook.CodeUnsignedDevice:
+		return text{signWarning, "Sent from a device that " + name + " has not confirmed.",
+			"It came from " + device + ". The account's owner has not confirmed this device as their own, so anybody who got into the account could have added it.",
+			"Do not rely on this message. If you are " + name + ": verify this device from another one of yours, or set up encryption (\"secure backup\") in its settings."}
+	case cryptohook.CodeUnknownDevice:
+		return text{signWarning, "Sent from an unknown device.",
+			"The server says that " + name + " sent this, but the account has no device with the keys that were used. It may have been logged out since.",
+			"Do not rely on this message. Ask " + name + " to send it again."}
+	case cryptohook.CodeAuthenticityNotGuaranteed:
+		return text{signCaution, "It cannot be proven who sent this.",
+			"The key to this message did not come from its sender, but from a backup or somebody else, or from a device that is not the one it claims to be. The server says that " + name + " sent it.",
+			"Treat it as hearsay. Ask " + name + " to send it again if it matters."}
+	case cryptohook.CodeMismatchedSender:
+		return mismatched(v, name)
+	case cryptohook.CodeSessionConflict:
+		return text{signWarning, "Two devices claim to have sent this.",
+			"The key to this message came from more than one device: " + describeClaimants(v.Claimants) + ". At most one of them tells the truth.",
+			"Do not rely on this message. Ask " + name + " to send it again."}
+	case cryptohook.CodeSessionRejected:
+		return text{signWarning, "Rejected: a signature on the sender's device is forged.",
+			"It came under the name of " + name + " from " + device + ", with a confirmation by the account's owner that is not genuine. The message was not decrypted.",
+			"Do not trust anything from this device. Tell " + name + " over another channel that somebody may be using their account."}
+	case cryptohook.CodeSentInClear:
+		return text{signWarning, "Sent without encryption in an encrypted room.",
+			"Anybody with access to a server of this room could have written it under the name of " + name + ", and can read it.",
+			"Do not rely on this message. Ask " + name + " to check their app: it should encrypt everything here."}
+	case cryptohook.CodeUnableToDecrypt:
+		return undecryptable(v, name)
+	case cryptohook.CodeNotEncrypted:
+		return text{signPlain, "This room is not encrypted.",
+			"Messages here are not signed by anybody's device. That they are from the people whose names they carry rests on the word of the servers alone.",
+			"Switch encryption on in the room's settings if it matters who writes. Until then I stay quiet here; mention me to ask again."}
+	}
+	return text{signWarning, "It is not known who sent this.", "This bot has no word for the case " + clip(string(v.Code)) + ".", "Do not rely on this message."}
+}
+
+func mismatched(v cryptohook.Verdict, name string) text {
+	if v.Reason == cryptohook.ReasonReplayed {
+		return text{signWarning, "This message was sent before.",
+			"The same encrypted message came earlier in another event. Somebody has repeated it under the name of " + name + "; it was not decrypted again.",
+			"Ignore it."}
+	}
+	return text{signWarning, "This was not written by " + name + ".",
+		"It was encrypted by " + clip(v.UserID.String()) + " and then sent on under the name of " + name + ". It was not decrypted.",
+		"Ignore it, and ask " + name + " why they sent it."}
+}
+
+// undecryptableReasons words why a message cannot be read, and what to do. %s is its sender.
+var undecryptableReasons = map[string][2]string{
+	cryptohook.ReasonUnknownSession: {
+		"Its key has not come. %s's app may have had no connection, or does not know this bot's device yet.",
+		"Ask %s to send it again; if that does not help, invite this bot anew."},
+	cryptohook.ReasonUnknownIndex: {
+		"The key that this bot has opens later messages only. The message was written before this bot could read along.",
+		"Ask %s to send it again if it matters."},
+	cryptohook.ReasonWrongRoom: {
+		"It says that it was written for another room. Somebody has put it here under the name of %s.",
+		"Ignore it."},
+	cryptohook.ReasonUnsupportedAlgorithm: {
+		"%s's app used a kind of encryption that this bot does not know.",
+		"Ask %s to use an up-to-date Matrix app."},
+	cryptohook.ReasonMalformed: {
+		"It is damaged, or was never a proper message of %s.",
+		"Ask %s to send it again if it matters."},
+	string(event.RoomKeyWithheldBlacklisted): {
+		"%s's app has blocked this bot and keeps the key from it.",
+		"If that was not intended, %s can unblock the bot's device in their app."},
+	string(event.RoomKeyWithheldUnverified): {
+		"%s's app gives keys only to devices that %[1]s has verified, and this bot's is not one of them.",
+		"%s can verify this bot, or switch off \"never send encrypted messages to unverified devices\" in their app."},
+	string(event.RoomKeyWithheldUnauthorized): {
+		"%s's app says that this bot may not read the message, for example since it was not in the room then.",
+		"Ask %s to send it again if it matters."},
+	string(event.RoomKeyWithheldUnavailable): {
+		"%s's app says that it does not have the key itself.",
+		"Ask %s to send it again if it matters."},
+	string(event.RoomKeyWithheldNoOlmSession): {
+		"%s's app could not set up a secure connection to this bot.",
+		"Ask %s to send it again."},
+}
+
+func undecryptable(v cryptohook.Verdict, name string) text {
+	words, known := undecryptableReasons[v.Reason]
+	if !known {
+		words = [2]string{"%s's app gave a reason that this bot does not know for keeping the key back: " + strings.ReplaceAll(clip(v.Reason), "%", "%%"), "Ask %s to send it again."}
+	}
+	return text{signWarning, "I cannot read this message.", fill(words[0], name), fill(words[1], name)}
+}
+
+func fill(words, name string) string {
+	if !strings.Contains(words, "%s") {
+		return words
+	}
+	return fmt.Sprintf(words, name)
+}
+
+func describeDevice(deviceID id.DeviceID) string {
+	if deviceID == "" {
+		return "a device"
+	}
+	return "the device " + clip(deviceID.String())
+}
+
+func describeClaimants(claimants []cryptohook.Claimant) string {
+	names := make([]string, 0, len(claimants))
+	for _, claimant := range claimants[:min(len(claimants), 5)] {
+		user := clip(claimant.UserID.String())
+		if user == "" {
+			user = "somebody unknown"
+		}
+		names = append(names, user+" ("+describeDevice(claimant.DeviceID)+")")
+	}
+	return strings.Join(names, ", ")
+}
+
+const longestName = 120
+
+// clip shortens what strangers may have made long, in characters.
+func clip(name string) string {
+	letters := []rune(name)
+	if len(letters) <= longestName {
+		return name
+	}
+	return string(letters[:longestName]) + "…"
+}
+
+// groups writes a key in groups of four, as apps show it.
+func groups(key id.Ed25519) string {
+	var written strings.Builder
+	for i, letter := range key {
+		if i > 0 && i%4 == 0 {
+			written.WriteByte(' ')
+		}
+		written.WriteRune(letter)
+	}
+	return written.String()
+}
