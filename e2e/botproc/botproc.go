@@ -1,0 +1,324 @@
+// Package botproc builds the bot and runs it as the process that it is for its users: a binary, a configuration file, signals.
+package botproc
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"gopkg.in/yaml.v3"
+	"maunium.net/go/mautrix/id"
+)
+
+// ReadyMessage is what the bot logs when it answers.
+const ReadyMessage = "Bot is ready"
+
+// Config is the bot's configuration as its YAML file has it.
+type Config = map[string]any
+
+// Options say which bot is to run.
+type Options struct {
+	// Binary is what [Build] made.
+	Binary     string
+	Homeserver string
+	UserID     id.UserID
+	Password   string
+	// Dir takes the configuration and the database. It must exist, and outlives the bot.
+	Dir string
+	// Configure changes the configuration before it is written. Nil: no change.
+	Configure func(Config)
+}
+
+// Bot is a bot's process, which may be stopped and started again on the same database.
+type Bot struct {
+	UserID  id.UserID
+	options Options
+	process *process
+	// earlier is what the processes before this one logged.
+	earlier []string
+}
+
+// process is one run of the bot.
+type process struct {
+	cmd *exec.Cmd
+	log *logLines
+	// exited is closed when the process has ended; err is why then.
+	exited chan struct{}
+	err    error
+}
+
+// Build compiles the bot from the module's root into a directory, and gives the path of the binary.
+func Build(ctx context.Context, projectRoot, dir string) (string, error) {
+	binary := filepath.Join(dir, "sendertrust")
+	cmd := exec.CommandContext(ctx, "go", "build", "-tags", "goolm", "-o", binary, ".")
+	cmd.Dir = projectRoot
+	if output, err := cmd.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("failed to build the bot: %w\n%s", err, output)
+	}
+	return binary, nil
+}
+
+// ProjectRoot is the directory of the module that the caller's working directory is in.
+func ProjectRoot(ctx context.Context) (string, error) {
+	output, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
+	if err != nil {
+		return "", fmt.Errorf("failed to find the module's root: %w", err)
+	}
+	return strings.TrimSpace(string(output)), nil
+}
+
+// Start writes the configuration, starts the bot and waits until it is ready.
+func Start(ctx context.Context, options Options) (*Bot, error) {
+	bot := &Bot{UserID: options.UserID, options: options}
+	config := Config{
+		"homeserver": Config{"address": options.Homeserver},
+		"account":    Config{"user_id": options.UserID.String(), "password": options.Password},
+		"database":   Config{"type": "sqlite3-fk-wal-fullsync", "uri": "file:" + bot.DBPath() + "?_txlock=immediate"},
+		"encryption": Config{"pickle_key": "generate"},
+		"invites":    Config{"allow": []string{"@*:localhost"}},
+		"logging":    Config{"min_level": "debug", "writers": []Config{{"type": "stdout", "format": "json"}}},
+	}
+	if options.Configure != nil {
+		options.Configure(config)
+	}
+	written, err := yaml.Marshal(config)
+	if err != nil {
+		return nil, fmt.Errorf("failed to write the bot's configuration: %w", err)
+	}
+	if err = os.WriteFile(bot.ConfigPath(), written, 0o600); err != nil {
+		return nil, fmt.Errorf("failed to write the bot's configuration: %w", err)
+	}
+	return bot, bot.Restart(ctx)
+}
+
+// ConfigPath is the bot's configuration file. The bot writes generated secrets into it.
+func (b *Bot) ConfigPath() string { return filepath.Join(b.options.Dir, "config.yaml") }
+
+// DBPath is the bot's SQLite database.
+func (b *Bot) DBPath() string { return filepath.Join(b.options.Dir, "sendertrust.db") }
+
+// Restart starts the bot after a stop, with the configuration and the database as they are, and waits until it is ready.
+func (b *Bot) Restart(ctx context.Context) error {
+	if b.process != nil {
+		if !b.process.ended() {
+			return errors.New("the bot is still running")
+		}
+		b.earlier = append(b.earlier, b.process.log.lines()...)
+	}
+	run := &process{log: newLogLines(), exited: make(chan struct{})}
+	run.cmd = exec.Command(b.options.Binary, "-c", b.ConfigPath())
+	run.cmd.Dir = b.options.Dir
+	run.cmd.Stdout, run.cmd.Stderr = run.log, run.log
+	// A group of its own, so that Ctrl-C in a terminal reaches only us; and it ends when we do.
+	run.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	if err := run.cmd.Start(); err != nil {
+		return fmt.Errorf("failed to start the bot: %w", err)
+	}
+	b.process = run
+	go func() {
+		run.err = run.cmd.Wait()
+		close(run.exited)
+	}()
+	err := run.waitForLine(ctx, ReadyMessage)
+	if err == nil {
+		return nil
+	}
+	b.Kill()
+	return fmt.Errorf("the bot did not get ready: %w\n%s", err, b.Tail(20))
+}
+
+// WaitForLog waits until the process that runs now has written a line that contains all the words.
+func (b *Bot) WaitForLog(ctx context.Context, words ...string) error {
+	return b.process.waitForLine(ctx, words...)
+}
+
+func (p *process) waitForLine(ctx context.Context, words ...string) error {
+	for {
+		lines, more := p.log.wait()
+		if len(mentioning(lines, words)) > 0 {
+			return nil
+		}
+		select {
+		case <-more:
+		case <-p.exited:
+			if lines, _ = p.log.wait(); len(mentioning(lines, words)) > 0 {
+				return nil
+			}
+			return fmt.Errorf("the bot has ended (%v) without logging %q", p.err, words)
+		case <-ctx.Done():
+			return fmt.Errorf("the bot did not log %q: %w", words, context.Cause(ctx))
+		}
+	}
+}
+
+func (p *process) ended() bool {
+	select {
+	case <-p.exited:
+		return true
+	default:
+		return false
+	}
+}
+
+// Stop asks the bot to end (SIGTERM), and waits for it. It gives the exit code and how long the bot took; a bot that does not
+// end before the context does is killed.
+func (b *Bot) Stop(ctx context.Context) (exitCode int, took time.Duration, err error) {
+	begin := time.Now()
+	if err = b.process.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+		return -1, 0, fmt.Errorf("failed to signal the bot: %w", err)
+	}
+	select {
+	case <-b.process.exited:
+		return b.process.cmd.ProcessState.ExitCode(), time.Since(begin), nil
+	case <-ctx.Done():
+		b.Kill()
+		return -1, time.Since(begin), fmt.Errorf("the bot did not end: %w", context.Cause(ctx))
+	}
+}
+
+// Kill ends the bot without warning (SIGKILL), and waits until it is gone. It does nothing to a bot that has ended.
+func (b *Bot) Kill() {
+	if b.process == nil {
+		return
+	}
+	_ = b.process.cmd.Process.Kill()
+	<-b.process.exited
+}
+
+// Running says whether the process is alive.
+func (b *Bot) Running() bool { return b.process != nil && !b.process.ended() }
+
+// RSS is the resident memory of the process, in bytes.
+func (b *Bot) RSS() (int64, error) {
+	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.process.cmd.Process.Pid))
+	if err != nil {
+		return 0, fmt.Errorf("failed to read the bot's memory: %w", err)
+	}
+	for line := range strings.Lines(string(status)) {
+		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmRSS:" {
+			kib, err := strconv.ParseInt(fields[1], 10, 64)
+			return kib * 1024, err
+		}
+	}
+	return 0, errors.New("the bot has no resident memory: it has ended")
+}
+
+// Log gives all lines that the bot wrote, those of earlier runs included.
+func (b *Bot) Log() []string {
+	if b.process == nil {
+		return b.earlier
+	}
+	return append(b.earlier[:len(b.earlier):len(b.earlier)], b.process.log.lines()...)
+}
+
+// Tail gives the last lines that the bot wrote, as one string.
+func (b *Bot) Tail(count int) string {
+	lines := b.Log()
+	return strings.Join(lines[max(0, len(lines)-count):], "\n")
+}
+
+// LogMentioning gives the lines that contain all the words.
+func (b *Bot) LogMentioning(words ...string) []string { return mentioning(b.Log(), words) }
+
+func mentioning(lines, words []string) (found []string) {
+lines:
+	for _, line := range lines {
+		for _, word := range words {
+			if !strings.Contains(line, word) {
+				continue lines
+			}
+		}
+		found = append(found, line)
+	}
+	return found
+}
+
+// CheckLog gives an error for each line of the log that contains one of the secrets, and for each that is not a JSON object, as
+// the stack of a panic is not. The passwords and keys in the configuration count as secrets.
+func (b *Bot) CheckLog(secrets ...string) error {
+	configured, err := b.configuredSecrets()
+	if err != nil {
+		return err
+	}
+	var faults []error
+	for _, line := range b.Log() {
+		if !json.Valid([]byte(line)) {
+			faults = append(faults, fmt.Errorf("the bot wrote something that is not a log event: %s", line))
+		}
+		for _, secret := range append(configured, secrets...) {
+			if secret != "" && strings.Contains(line, secret) {
+				faults = append(faults, fmt.Errorf("the log contains the secret %q: %s", secret, line))
+			}
+		}
+	}
+	return errors.Join(faults...)
+}
+
+// configuredSecrets reads the secrets in the configuration, as the bot has completed it.
+func (b *Bot) configuredSecrets() ([]string, error) {
+	written, err := os.ReadFile(b.ConfigPath())
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the bot's configuration: %w", err)
+	}
+	var config struct {
+		Account struct {
+			Password    string
+			AccessToken string `yaml:"access_token"`
+			RecoveryKey string `yaml:"recovery_key"`
+		}
+		Encryption struct {
+			PickleKey string `yaml:"pickle_key"`
+		}
+	}
+	if err = yaml.Unmarshal(written, &config); err != nil {
+		return nil, fmt.Errorf("failed to read the bot's configuration: %w", err)
+	}
+	return []string{config.Account.Password, config.Account.AccessToken, config.Account.RecoveryKey, config.Encryption.PickleKey}, nil
+}
+
+// logLines collects what the bot writes, line by line.
+type logLines struct {
+	lock    sync.Mutex
+	whole   []string
+	partial strings.Builder
+	// more is closed, and replaced, when there are new lines.
+	more chan struct{}
+}
+
+func newLogLines() *logLines { return &logLines{more: make(chan struct{})} }
+
+func (l *logLines) Write(written []byte) (int, error) {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	for chunk := range strings.Lines(string(written)) {
+		l.partial.WriteString(chunk)
+		if strings.HasSuffix(chunk, "\n") {
+			l.whole = append(l.whole, strings.TrimSuffix(l.partial.String(), "\n"))
+			l.partial.Reset()
+		}
+	}
+	close(l.more)
+	l.more = make(chan struct{})
+	return len(written), nil
+}
+
+// wait gives the lines so far, and a channel that is closed when there are more.
+func (l *logLines) wait() ([]string, <-chan struct{}) {
+	l.lock.Lock()
+	defer l.lock.Unlock()
+	return l.whole[:len(l.whole):len(l.whole)], l.more
+}
+
+func (l *logLines) lines() []string {
+	lines, _ := l.wait()
+	return lines
+}
