@@ -185,10 +185,13 @@ func (r *configReader) readStruct(node *yaml.Node, into reflect.Value, key strin
 			r.read(value, into.FieldByIndex(field.Index), joinKey(key, name.Value))
 			return
 		}
-		near := nearestKey(joinKey(key, name.Value), key, fields)
+		known := slices.Collect(maps.Keys(configKeys(reflect.TypeFor[Config](), "", true)))
+		for field := range fields {
+			known = append(known, joinKey(key, field))
+		}
+		near := nearestKey(joinKey(key, name.Value), known)
 		r.unreadable[near] = true // said once is enough, if it is required
-		if value.Tag == "!!null" || !keyShape.MatchString(name.Value) {
-			// Perhaps not a key, but a part of a secret that was not put in quotes: it is not shown.
+		if !isShowable(name, value) {
 			r.misread(name, key, "has a key that is not known here; the nearest one is %s", near)
 			return
 		}
@@ -197,6 +200,11 @@ func (r *configReader) readStruct(node *yaml.Node, into reflect.Value, key strin
 }
 
 var keyShape = regexp.MustCompile(`^[A-Za-z][A-Za-z0-9_.-]{0,39}$`)
+
+// isShowable tells a key from what may be a part of a secret that was not put in quotes: {password: one,two}.
+func isShowable(name, value *yaml.Node) bool {
+	return value.Tag != "!!null" && keyShape.MatchString(name.Value)
+}
 
 func (r *configReader) readMap(node *yaml.Node, into reflect.Value, key string) {
 	into.Set(reflect.MakeMap(into.Type()))
@@ -221,8 +229,10 @@ func (r *configReader) eachEntry(node *yaml.Node, key string, do func(name, valu
 		name, value := node.Content[i], node.Content[i+1]
 		if name.Kind != yaml.ScalarNode || name.Anchor != "" || name.Style&yaml.TaggedStyle != 0 {
 			r.misread(name, key, `has a key that is not a plain word; write lines of the form "key: value"`)
-		} else if first, ok := lines[name.Value]; ok {
+		} else if first, ok := lines[name.Value]; ok && isShowable(name, value) {
 			r.misread(name, joinKey(key, name.Value), "is there twice, first on line %d; remove one of the two", first)
+		} else if ok {
+			r.misread(name, key, "has an entry twice, first on line %d; remove one of the two", first)
 		} else {
 			lines[name.Value] = name.Line
 			do(name, value)
@@ -290,12 +300,8 @@ func configKeys(of reflect.Type, prefix string, sections bool) map[string]reflec
 	return keys
 }
 
-// nearestKey returns the known key that is most like an unknown one: one of the fields of its section, or one elsewhere.
-func nearestKey(unknown, section string, fields map[string]reflect.StructField) string {
-	known := slices.Collect(maps.Keys(configKeys(reflect.TypeFor[Config](), "", true)))
-	for name := range fields {
-		known = append(known, joinKey(section, name))
-	}
+// nearestKey returns the known key that is most like an unknown one.
+func nearestKey(unknown string, known []string) string {
 	slices.Sort(known)
 	return slices.MinFunc(known, func(a, b string) int { return keyDistance(unknown, a) - keyDistance(unknown, b) })
 }
@@ -340,28 +346,21 @@ func quoteValue(value string) string {
 
 // readEnvironment reads the variables SENDERTRUST_SECTION__KEY, and those with _FILE at the end.
 func (r *configReader) readEnvironment(environ []string) {
+	known := slices.Collect(maps.Keys(configKeys(reflect.TypeFor[Config](), "", false)))
 	keys := map[string]string{} // variable → key
-	types := configKeys(reflect.TypeFor[Config](), "", false)
-	for key := range types {
+	for _, key := range known {
 		keys[variableName(key)] = key
 	}
-	environ = slices.Sorted(slices.Values(environ))
-	for _, assignment := range environ {
+	for _, assignment := range slices.Sorted(slices.Values(environ)) {
 		variable, value, _ := strings.Cut(assignment, "=")
 		if !strings.HasPrefix(variable, environPrefix) {
 			continue
 		}
-		name, isFile := variable, false
-		if _, ok := keys[variable]; !ok {
-			name, isFile = strings.CutSuffix(variable, "_FILE")
-		}
+		name, isFile := strings.CutSuffix(variable, "_FILE")
 		key, ok := keys[name]
 		if !ok {
-			near := nearestKey(strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(name, environPrefix)), "__", "."), "", nil)
-			if _, isKey := types[near]; isKey {
-				near = variableName(near)
-			}
-			r.faults = append(r.faults, fmt.Sprintf("%s: is not a known variable; did you mean %s?", variable, near))
+			near := nearestKey(strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(name, environPrefix)), "__", "."), known)
+			r.faults = append(r.faults, fmt.Sprintf("%s: is not a known variable; did you mean %s?", variable, variableName(near)))
 			continue
 		}
 		r.readVariable(variable, key, value, isFile)

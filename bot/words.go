@@ -122,6 +122,9 @@ var undecryptableReasons = map[string][2]string{
 	cryptohook.ReasonUnknownIndex: {
 		"The key that this bot has opens later messages only. The message was written before this bot could read along.",
 		"Ask %s to send it again if it matters."},
+	cryptohook.ReasonKeyDeleted: {
+		"This bot had its key once and has deleted it.",
+		"Ask %s to send it again if it matters."},
 	cryptohook.ReasonWrongRoom: {
 		"It says that it was written for another room. Somebody has put it here under the name of %s.",
 		"Ignore it."},

@@ -114,6 +114,8 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hoo
 	if err = h.mach.Load(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrPickleKey, err)
 	}
+	// mautrix works these out at first use, without a lock.
+	h.mach.GetAccount().Keys()
 	h.takeOver()
 	return h, nil
 }

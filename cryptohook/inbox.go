@@ -89,7 +89,7 @@ func (in *inbox) run(ctx context.Context) {
 	for ctx.Err() == nil {
 		if now := in.hook.clock(); now.Sub(pruned) > pruneEvery {
 			pruned = now
-			if err := in.hook.store.pruneInbox(ctx, now.Add(-keepHandled)); err != nil {
+			if err := in.hook.store.prune(ctx, now.Add(-keepHandled)); err != nil {
 				log.Err(err).Msg("Failed to forget old events")
 			}
 		}
@@ -322,6 +322,15 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 		if !known {
 			return nil, v, 0, err
 		}
+		if reason == ReasonUnknownSession {
+			withheld, err := h.store.withheld(ctx, sessionID, evt.Sender)
+			if err != nil {
+				return nil, v, 0, err
+			}
+			if withheld != "" {
+				reason, final = string(withheld), finalWithheld[withheld]
+			}
+		}
 		if left := h.options.KeyWait - waited; !final && left > 0 {
 			return nil, v, left, nil
 		}
@@ -361,12 +370,12 @@ var finalWithheld = map[event.RoomKeyWithheldCode]bool{
 // classify says what a failed decryption means: a code and its reason, and whether a key that comes later cannot change it.
 // Errors that it does not know are the store's.
 func classify(err error) (code Code, reason string, final, known bool) {
-	var withheld *event.RoomKeyWithheldEventContent
 	switch {
 	case errors.Is(err, crypto.ErrNoSessionFound):
 		return CodeUnableToDecrypt, ReasonUnknownSession, false, true
-	case errors.As(err, &withheld):
-		return CodeUnableToDecrypt, string(withheld.Code), finalWithheld[withheld.Code], true
+	case errors.Is(err, crypto.ErrGroupSessionWithheld):
+		// mautrix has redacted the key, for example since it expired.
+		return CodeUnableToDecrypt, ReasonKeyDeleted, true, true
 	case errors.Is(err, crypto.ErrDuplicateMessageIndex):
 		return CodeMismatchedSender, ReasonReplayed, true, true
 	case errors.Is(err, olm.ErrUnknownMessageIndex):

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -312,6 +313,30 @@ func (s *store) deviceListCurrent(ctx context.Context, userID id.UserID) (bool, 
 	return !outdated, err
 }
 
+// Withheld keys.
+
+const (
+	upsertWithheldQuery = `
+		INSERT INTO sendertrust_withheld (session_id, sender, code, received_at_ms) VALUES ($1, $2, $3, $4)
+		ON CONFLICT (sender, session_id) DO UPDATE SET code=excluded.code, received_at_ms=excluded.received_at_ms
+	`
+	getWithheldQuery   = `SELECT code FROM sendertrust_withheld WHERE sender=$1 AND session_id IN ($2, '') ORDER BY session_id DESC LIMIT 1`
+	pruneWithheldQuery = `DELETE FROM sendertrust_withheld WHERE received_at_ms<$1`
+)
+
+func (s *store) putWithheld(ctx context.Context, sessionID id.SessionID, sender id.UserID, code event.RoomKeyWithheldCode, now time.Time) error {
+	if _, err := s.Exec(ctx, upsertWithheldQuery, sessionID, sender, code, now.UnixMilli()); err != nil {
+		return fmt.Errorf("failed to store why a key is withheld: %w", err)
+	}
+	return nil
+}
+
+// withheld gives the code by which that sender withholds the session's key from us, or nothing.
+func (s *store) withheld(ctx context.Context, sessionID id.SessionID, sender id.UserID) (code event.RoomKeyWithheldCode, err error) {
+	err = s.QueryRow(ctx, getWithheldQuery, sender, sessionID).Scan(&code)
+	return code, ignoreNoRows(err)
+}
+
 // The inbox.
 
 const (
@@ -368,8 +393,12 @@ func (s *store) markHandled(ctx context.Context, eventID id.EventID) error {
 	return err
 }
 
-func (s *store) pruneInbox(ctx context.Context, before time.Time) error {
-	_, err := s.Exec(ctx, pruneInboxQuery, before.UnixMilli())
+// prune forgets what nobody asks for any more: handled events and withheld notices from before that time.
+func (s *store) prune(ctx context.Context, before time.Time) error {
+	if _, err := s.Exec(ctx, pruneInboxQuery, before.UnixMilli()); err != nil {
+		return err
+	}
+	_, err := s.Exec(ctx, pruneWithheldQuery, before.UnixMilli())
 	return err
 }
 

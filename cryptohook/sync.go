@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -124,13 +125,16 @@ func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed [
 }
 
 // receiveWithheld notes why a sender does not share a session with us. Such a notice is not encrypted: it explains a missing
-// key and never outweighs one.
+// key and never outweighs one, so it is kept apart from mautrix's, where it would stand in the session's place.
 func (h *Hook) receiveWithheld(ctx context.Context, sender id.UserID, content *event.RoomKeyWithheldEventContent) {
 	zerolog.Ctx(ctx).Debug().Stringer("session_id", content.SessionID).Str("code", string(content.Code)).Msg("A room key is withheld from us")
-	if content.SessionID == "" {
+	if content.SessionID == "" && content.Code != event.RoomKeyWithheldNoOlmSession {
 		return
 	}
-	h.mach.HandleRoomKeyWithheld(withReceiving(ctx), content)
+	now := h.clock()
+	h.uow.stage(func(ctx context.Context) error {
+		return h.store.putWithheld(ctx, content.SessionID, sender, content.Code, now)
+	})
 }
 
 // takeRoomEvents moves the room events that are messages from the response to the inbox, in the unit of work.
@@ -146,10 +150,15 @@ func (s *syncer) takeRoomEvents(ctx context.Context, resp *mautrix.RespSync, sin
 		if room.StateAfter != nil {
 			room.StateAfter.Events = h.dropDowngrades(ctx, room.StateAfter.Events, &encrypted)
 		}
+		missed := h.fetchGap(ctx, roomID, room, since)
+		timeline := sinceJoining(h.client.UserID, append(missed, room.Timeline.Events...))
 		state := make([]*event.Event, 0, len(room.Timeline.Events))
-		for _, evt := range sinceJoining(h.client.UserID, room.Timeline.Events) {
+		for i, evt := range timeline {
 			if evt.StateKey != nil {
-				state = append(state, h.dropDowngrades(ctx, []*event.Event{evt}, &encrypted)...)
+				// The state block tells already what the gap did to the state.
+				if kept := h.dropDowngrades(ctx, []*event.Event{evt}, &encrypted); len(timeline)-i <= len(room.Timeline.Events) {
+					state = append(state, kept...)
+				}
 				continue
 			}
 			// The first /sync of a database shows history that a former database may have answered.
@@ -163,6 +172,36 @@ func (s *syncer) takeRoomEvents(ctx context.Context, resp *mautrix.RespSync, sin
 		room.Timeline.Events = state
 	}
 	return nil
+}
+
+const (
+	gapPage  = 100
+	gapPages = 10
+)
+
+// fetchGap gets what a /sync left out between its timeline and the one before: after a long pause the server sends the newest
+// events only. It gives up after 1,000 events a room, or when the server does not answer, and says so.
+func (h *Hook) fetchGap(ctx context.Context, roomID id.RoomID, room *mautrix.SyncJoinedRoom, since string) (missed []*event.Event) {
+	if !room.Timeline.Limited || since == "" || joinedIn(h.client.UserID, room.Timeline.Events) >= 0 {
+		return nil
+	}
+	log := h.log.With().Stringer("room_id", roomID).Logger()
+	from := room.Timeline.PrevBatch
+	for range gapPages {
+		page, err := h.client.Messages(ctx, roomID, from, since, mautrix.DirectionBackward, nil, gapPage)
+		if err != nil {
+			log.Err(err).Int("found", len(missed)).Msg("Failed to fetch all messages that came during a long pause; some may stay unanswered")
+			return missed
+		}
+		slices.Reverse(page.Chunk)
+		missed = append(page.Chunk, missed...)
+		if page.End == "" || len(page.Chunk) == 0 || joinedIn(h.client.UserID, page.Chunk) >= 0 {
+			return missed
+		}
+		from = page.End
+	}
+	log.Warn().Int("found", len(missed)).Msg("Too many messages came during a long pause; the oldest stay unanswered")
+	return missed
 }
 
 // dropDowngrades leaves out m.room.encryption events that would switch encryption off: that is not possible in Matrix, and
@@ -186,13 +225,7 @@ func (h *Hook) dropDowngrades(ctx context.Context, events []*event.Event, encryp
 
 // sinceJoining gives the part of a timeline from our own joining on, state events before it included.
 func sinceJoining(userID id.UserID, timeline []*event.Event) []*event.Event {
-	joined := -1
-	for i, evt := range timeline {
-		if evt.Type.Type == event.StateMember.Type && evt.GetStateKey() == userID.String() &&
-			membership(&evt.Content) == event.MembershipJoin && membership(evt.Unsigned.PrevContent) != event.MembershipJoin {
-			joined = i
-		}
-	}
+	joined := joinedIn(userID, timeline)
 	if joined < 0 {
 		return timeline
 	}
@@ -203,6 +236,18 @@ func sinceJoining(userID id.UserID, timeline []*event.Event) []*event.Event {
 		}
 	}
 	return since
+}
+
+// joinedIn gives the place in the timeline at which we joined the room, or -1.
+func joinedIn(userID id.UserID, timeline []*event.Event) int {
+	for i := len(timeline) - 1; i >= 0; i-- {
+		evt := timeline[i]
+		if evt.Type.Type == event.StateMember.Type && evt.GetStateKey() == userID.String() &&
+			membership(&evt.Content) == event.MembershipJoin && membership(evt.Unsigned.PrevContent) != event.MembershipJoin {
+			return i
+		}
+	}
+	return -1
 }
 
 func membership(content *event.Content) event.Membership {

@@ -11,7 +11,6 @@ import (
 	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/crypto/olm"
-	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -488,15 +487,6 @@ func (u *unitOfWork) isOwn(session *crypto.InboundGroupSession) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	return u.Account != nil && session.SenderKey == u.Account.IdentityKey()
-}
-
-func (u *unitOfWork) PutWithheldGroupSession(ctx context.Context, content event.RoomKeyWithheldEventContent) error {
-	put := func(ctx context.Context) error { return u.SQLCryptoStore.PutWithheldGroupSession(ctx, content) }
-	if !isReceiving(ctx) {
-		return put(ctx)
-	}
-	u.stage(put)
-	return nil
 }
 
 // forget drops staged copies of sessions that a statement behind the buffer's back is about to change.

@@ -76,6 +76,7 @@ func (c Code) StrictShield() Shield { return shields[c][1] }
 const (
 	ReasonUnknownSession       = "unknown_session"       // no key has come
 	ReasonUnknownIndex         = "unknown_message_index" // the key that came is for later messages only
+	ReasonKeyDeleted           = "key_deleted"           // the key was there, and was deleted
 	ReasonWrongRoom            = "wrong_room"            // the message says that it was made for another room
 	ReasonUnsupportedAlgorithm = "unsupported_algorithm"
 	ReasonMalformed            = "malformed"

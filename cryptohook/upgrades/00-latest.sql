@@ -59,3 +59,14 @@ CREATE TABLE sendertrust_inbox (
 );
 CREATE INDEX sendertrust_inbox_pending_idx ON sendertrust_inbox (seq) WHERE event IS NOT NULL;
 CREATE INDEX sendertrust_inbox_age_idx ON sendertrust_inbox (received_at_ms);
+
+-- Why senders keep keys from us (m.room_key.withheld). The notice is not encrypted: it counts for its own sender's events only.
+CREATE TABLE sendertrust_withheld (
+	session_id     TEXT   NOT NULL, -- empty: all sessions of the sender (m.no_olm)
+	sender         TEXT   NOT NULL,
+	code           TEXT   NOT NULL,
+	received_at_ms BIGINT NOT NULL,
+
+	PRIMARY KEY (sender, session_id)
+);
+CREATE INDEX sendertrust_withheld_age_idx ON sendertrust_withheld (received_at_ms);

@@ -1,0 +1,40 @@
+# goolm is the pure-Go implementation of Olm in mautrix. Without it mautrix is built on the C library libolm, which nobody
+# maintains any more and which is not needed: "olm/olm.h: No such file" means that this tag was left out.
+TAGS := goolm
+GO   := go
+
+.DEFAULT_GOAL := build
+
+.PHONY: build
+build: ## the program, ./sendertrust
+	@./e2e/setup.sh build
+	$(GO) build -tags $(TAGS) -o sendertrust .
+
+.PHONY: demo
+demo: ## a conversation with the bot on a private homeserver; KEEP=1 leaves it running
+	@./e2e/setup.sh build synapse
+	@$(GO) run -tags $(TAGS) ./e2e/demo
+
+.PHONY: test
+test: ## all tests: units with the race detector, then Synapse, the bot as a process, and Element's crypto
+	@./e2e/setup.sh build synapse element
+	$(GO) vet -tags $(TAGS) ./...
+	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
+	$(GO) test -tags $(TAGS) -p 1 -timeout 12m ./e2e/...
+
+.PHONY: test-unit
+test-unit: ## the tests that need no homeserver
+	@./e2e/setup.sh build
+	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
+
+.PHONY: fmt
+fmt:
+	gofmt -w .
+
+.PHONY: clean
+clean: ## what the commands above installed and built
+	rm -rf .cache sendertrust
+
+.PHONY: help
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
