@@ -117,7 +117,7 @@ func saveExample(path string, stdout io.Writer) error {
 	}
 	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("%w: %s is there already and was not touched; name another file with -c", bot.ErrSetup, path)
+		return &bot.ConfigError{Faults: []string{path + ": is there already and was not touched; name another file with -c"}}
 	} else if err != nil {
 		return err
 	}

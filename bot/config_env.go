@@ -360,7 +360,7 @@ func (r *configReader) readEnvironment(environ []string) {
 		key, ok := keys[name]
 		if !ok {
 			near := nearestKey(strings.ReplaceAll(strings.ToLower(strings.TrimPrefix(name, environPrefix)), "__", "."), known)
-			r.faults = append(r.faults, fmt.Sprintf("%s: is not a known variable; did you mean %s?", variable, variableName(near)))
+			r.faults = append(r.faults, fmt.Sprintf("%s: is not a known variable; did you mean %s?", strings.Trim(quoteValue(variable), `"`), variableName(near)))
 			continue
 		}
 		r.readVariable(variable, key, value, isFile)

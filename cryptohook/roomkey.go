@@ -38,7 +38,7 @@ var (
 	errNotMegolm         = errors.New("the room key is not for " + string(id.AlgorithmMegolmV1))
 	errNoClaimedKey      = errors.New("the Olm message claims no ed25519 key")
 	errSessionIDMismatch = errors.New("the session ID does not match the session key")
-	errOtherRoom         = errors.New("the sender has shared this session for another room")
+	errUnconnected       = errors.New("the same device has shared this session for another room, or under another ed25519 key")
 )
 
 // receiveEncrypted decrypts one m.room.encrypted to-device event within the unit of work. It returns what was in it if that is
@@ -102,8 +102,8 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 		return err
 	}
 	ours := current == nil || current.senderKey == session.SenderKey
-	if ours && current != nil && current.roomID != session.RoomID {
-		log.Warn().Err(errOtherRoom).Stringer("other_room_id", current.roomID).Msg("Skipping a room key")
+	if ours && current != nil && (current.roomID != session.RoomID || current.signingKey != session.SigningKey) {
+		log.Warn().Err(errUnconnected).Stringer("other_room_id", current.roomID).Msg("Skipping a room key")
 		return nil
 	}
 	h.uow.stage(func(ctx context.Context) error { return h.store.mergeClaim(ctx, sender) })

@@ -81,7 +81,7 @@ func Start(ctx context.Context, options Options) (*Bot, error) {
 	bot := &Bot{UserID: options.UserID, options: options}
 	config := Config{
 		"homeserver": Config{"address": options.Homeserver},
-		"account":    Config{"user_id": options.UserID.String(), "password": options.Password},
+		"account":    Config{"user_id": options.UserID.String(), "password": options.Password, "recovery_key": "generate"},
 		"database":   Config{"type": "sqlite3-fk-wal-fullsync", "uri": "file:" + bot.DBPath() + "?_txlock=immediate"},
 		"encryption": Config{"pickle_key": "generate"},
 		"invites":    Config{"allow": []string{"@*:localhost"}},
