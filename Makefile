@@ -7,24 +7,24 @@ GO   := go
 
 .PHONY: build
 build: ## the program, ./sendertrust
-	@./e2e/setup.sh build
+	@./e2e/setup.sh go >/dev/null
 	$(GO) build -tags $(TAGS) -o sendertrust .
 
 .PHONY: demo
 demo: ## a conversation with the bot on a private homeserver; KEEP=1 leaves it running
-	@./e2e/setup.sh build synapse
+	@./e2e/setup.sh go synapse >/dev/null
 	@$(GO) run -tags $(TAGS) ./e2e/demo
 
 .PHONY: test
 test: ## all tests: units with the race detector, then Synapse, the bot as a process, and Element's crypto
-	@./e2e/setup.sh build synapse element
+	@./e2e/setup.sh go synapse element >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
 	$(GO) test -tags $(TAGS) -p 1 -timeout 12m ./e2e/...
 
 .PHONY: test-unit
 test-unit: ## the tests that need no homeserver
-	@./e2e/setup.sh build
+	@./e2e/setup.sh go >/dev/null
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
 
 .PHONY: fmt
