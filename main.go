@@ -38,6 +38,8 @@ const (
 )
 
 func main() {
+	// What the program writes (the database, logs) is for its own user alone.
+	syscall.Umask(0o077)
 	os.Exit(run(untilSignal(), os.Args[1:], os.Stdout, os.Stderr))
 }
 

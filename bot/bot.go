@@ -116,6 +116,7 @@ func (b *Bot) Check(ctx context.Context) error {
 		return err
 	}
 	client.DefaultHTTPRetries = 0
+	client.Log = zerolog.Nop() // the error says it all
 	if _, err = client.Versions(ctx); err != nil {
 		return setupError("homeserver.address: no Matrix homeserver answers at %s (%w)", b.config.Homeserver.Address, err)
 	}

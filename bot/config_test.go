@@ -152,6 +152,7 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"unknown key":             {"    address:", "    adress: x\n    address:", "config.yaml: line 2: homeserver.adress: is not a known key; did you mean homeserver.address?"},
 		"required key misspelled": {"address:", "adress:", "config.yaml: line 2: homeserver.adress: is not a known key; did you mean homeserver.address?"},
 		"key in wrong section":    {"invites:\n", "invites:\n    pickle_key: x\n", "config.yaml: line 17: invites.pickle_key: is not a known key; did you mean encryption.pickle_key?"},
+		"key without section":     {"invites:\n", "user_id: x\ninvites:\n", "config.yaml: line 16: user_id: is not a known key; did you mean account.user_id?"},
 		"unknown logging key":     {"min_level: info", "min_lvel: info", "config.yaml: line 28: logging.min_lvel: is not a known key; did you mean logging.min_level?"},
 		"unknown writer key":      {"writers: []", "writers: [{typ: stdout, type: stdout}]", "config.yaml: line 29: logging.writers.typ: is not a known key; did you mean logging.writers.type?"},
 		"duplicate key":           {"    shields: lax", "    shields: lax\n    mode: reply", "config.yaml: line 21: annotate.mode: is there twice, first on line 19; remove one of the two"},
@@ -193,6 +194,7 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"empty local part":       {`"@bot:localhost"`, `"@:localhost"`, `config.yaml: account.user_id: "@:localhost"` + badID},
 		"user ID with space":     {`"@bot:localhost"`, `"@b t:localhost"`, `config.yaml: account.user_id: "@b t:localhost"` + badID},
 		"no password, no token":  {"password: hunter2\n", "password:\n", "config.yaml: account.password: is missing, and account.access_token too; write one of the two"},
+		"password null":          {"password: hunter2\n", "password: ~\n", "config.yaml: account.password: is missing, and account.access_token too; write one of the two"},
 		"passphrase as recovery": {`recovery_key: ""`, `recovery_key: hunter2 is my phrase`, `config.yaml: account.recovery_key: is not a recovery key; write the 48 letters and digits, in groups of four, that begin with "Es" (a passphrase does not do), or generate, or ""`},
 
 		"postgres":              {"sqlite3-fk-wal-fullsync", "postgres", `config.yaml: database.type: "postgres" is not in this build, which lacks PostgreSQL support; write sqlite3-fk-wal-fullsync`},
@@ -247,6 +249,7 @@ func TestConfigFileMistakes(t *testing.T) {
 	for name, test := range map[string]struct{ text, want string }{
 		"empty":         {"", "config.yaml: is empty; fill it with the example, which sendertrust -e writes"},
 		"only comments": {"# nothing\n", "config.yaml: is empty; fill it with the example, which sendertrust -e writes"},
+		"only null":     {"---\n~\n", "config.yaml: is empty; fill it with the example, which sendertrust -e writes"},
 		"a list":        {"- a\n", `config.yaml: line 1: is a list; write lines of the form "key: value"`},
 		"too large":     {strings.Repeat("#", 1<<20+1), "config.yaml: cannot be read: it is larger than 1 MiB"},
 		"binary":        {"\x00\x01", "config.yaml: is not YAML: control characters are not allowed; check the quotes, the colons and the spaces before the keys in and above that line"},
@@ -471,7 +474,7 @@ func TestGeneratedPickleKeyIsWrittenBack(t *testing.T) {
 		"double quotes": {"pickle_key: hunter2pickle", `pickle_key: "generate"`},
 		"single quotes": {"pickle_key: hunter2pickle", `pickle_key: 'generate'`},
 		"next line":     {"pickle_key: hunter2pickle", "pickle_key:\n        generate"},
-		"flow":          {"\n    pickle_key: hunter2pickle\n    wait: 25s", " { wait: 25s, ä: 1, pickle_key: generate }"},
+		"flow":          {"\n    pickle_key: hunter2pickle\n    wait: 25s", " { wait: 25s, pickle_key: generate }"},
 		"missing":       {"    pickle_key: hunter2pickle\n", ""},
 		"empty flow":    {"\n    pickle_key: hunter2pickle\n    wait: 25s", " {}"},
 		"other flow":    {"\n    pickle_key: hunter2pickle\n    wait: 25s", " {wait: 25s}"},
@@ -479,8 +482,7 @@ func TestGeneratedPickleKeyIsWrittenBack(t *testing.T) {
 		"no section":    {"encryption:\n    pickle_key: hunter2pickle\n    wait: 25s\n", ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			text := strings.ReplaceAll(replaced(t, test.part, test.by), "ä: 1, ", "")
-			c := mustLoad(t, "# Mein Bot: für uns\n"+text)
+			c := mustLoad(t, "# Mein Bot: für uns\n"+replaced(t, test.part, test.by))
 			key := c.Encryption.PickleKey.Reveal()
 			if len(key) != 64 || strings.Trim(key, "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz") != "" {
 				t.Errorf("the key %q is not 64 letters and digits", key)
@@ -606,6 +608,26 @@ trust:
 	}
 }
 
+func TestKeysAreNotAddedWhereThatWouldChangeAValue(t *testing.T) {
+	const text = `homeserver: {address: "http://x"}
+encryption: {pickle_key: p}
+account:
+    user_id: "@a:b"
+    access_token: t
+    device_id: ""
+    recovery_key: ""
+    reset_identity: false
+    password: |+
+        every line counts
+
+
+`
+	c := mustLoad(t, text)
+	if after := readText(t, "config.yaml"); after != text || c.Account.Password != "every line counts\n\n\n" {
+		t.Errorf("the password is now %q in:\n%s", c.Account.Password.Reveal(), after)
+	}
+}
+
 func TestLineEndingsOfTheFileAreKept(t *testing.T) {
 	text := strings.ReplaceAll(replaced(t, "    wait: 25s\ninvites:\n    allow: [\"@*:localhost\"]\n", ""), "\n", "\r\n")
 	c := mustLoad(t, text)
@@ -624,6 +646,15 @@ func TestJSONConfigKeepsItsForm(t *testing.T) {
 		t.Errorf("got %s, want %s", after, want)
 	}
 	expectSameAgain(t, c)
+}
+
+func TestKeyIsWrittenAfterLettersOfSeveralBytes(t *testing.T) {
+	const text = `{"account": {"user_id": "@a:b", "password": "pä→ß"}, "homeserver": {"address": "http://x"}, "encryption": {"pickle_key": "generate"}}`
+	c := mustLoad(t, text)
+	want := strings.Replace(text, "generate", c.Encryption.PickleKey.Reveal(), 1)
+	if after := readText(t, "config.yaml"); after != want {
+		t.Errorf("got %s, want %s", after, want)
+	}
 }
 
 func TestConfigBehindALinkIsWrittenWhereItIs(t *testing.T) {
@@ -649,12 +680,14 @@ func TestConfigInAFolderThatCannotBeWrittenIsAnError(t *testing.T) {
 	if os.Getuid() == 0 {
 		t.Skip("root may write everywhere")
 	}
-	t.Chdir(t.TempDir())
-	text := strings.Replace(completeConfig, "data/bot.db", "/tmp/bot.db", 1)
+	folder := t.TempDir()
+	t.Chdir(folder)
+	text := strings.Replace(completeConfig, "data/bot.db", filepath.Join(t.TempDir(), "bot.db"), 1)
 	writeText(t, "config.yaml", strings.Replace(text, "    wait: 25s\n", "", 1))
-	if err := os.Chmod(".", 0o500); err != nil {
+	if err := os.Chmod(folder, 0o500); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { _ = os.Chmod(folder, 0o700) }) // so that it can be removed
 	_, err := load(t, LoadOptions{})
 	expectFaults(t, err, "config.yaml: cannot be rewritten: permission denied; let the program write it and its folder, or complete it yourself and use -n")
 	if _, err = load(t, LoadOptions{ReadOnly: true}); err != nil {
@@ -747,7 +780,7 @@ func TestRecoveryKeyIsStoredInPlaceOfGenerate(t *testing.T) {
 
 func TestRecoveryKeyIsNotStoredOverAnotherValue(t *testing.T) {
 	c := mustLoad(t, replaced(t, `recovery_key: ""`, "recovery_key: generate"))
-	for _, edited := range []string{completeConfig, "broken: [", "account: 5\n"} {
+	for _, edited := range []string{completeConfig, replaced(t, `recovery_key: ""`, "recovery_key: generated"), "broken: [", "account: 5\n"} {
 		writeText(t, "config.yaml", edited)
 		err := c.StoreRecoveryKey("EsTE s92N")
 		expectFaults(t, err, `config.yaml: account.recovery_key: no longer says "generate", so the key was not stored`)
@@ -755,8 +788,16 @@ func TestRecoveryKeyIsNotStoredOverAnotherValue(t *testing.T) {
 			t.Error("the file was changed")
 		}
 	}
-	if err := mustLoad(t, completeConfig).StoreRecoveryKey("EsTE s92N"); err == nil || strings.Contains(err.Error(), "EsTE") {
+}
+
+func TestRecoveryKeyOfTheEnvironmentIsNotStored(t *testing.T) {
+	text := replaced(t, `recovery_key: ""`, "recovery_key: generate")
+	c := mustLoad(t, text, "SENDERTRUST_ACCOUNT__RECOVERY_KEY=EsTE s92N EtaX s2h6 VQYF 9Kao tHYL mkyL GKMh isZb KJ4E tvoC")
+	if err := c.StoreRecoveryKey("EsTE s92N"); err == nil || strings.Contains(err.Error(), "EsTE") {
 		t.Errorf("wrong error: %v", err)
+	}
+	if readText(t, "config.yaml") != text {
+		t.Error("the file was changed")
 	}
 }
 

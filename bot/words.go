@@ -49,6 +49,14 @@ const (
 
 // explain words the verdict on a message that came under the name of sender.
 func explain(v cryptohook.Verdict, sender id.UserID) text {
+	words := explainCode(v, sender)
+	if v.Outdated {
+		words.known += " (The server has not answered in time what devices this person has now; this is from what was known before.)"
+	}
+	return words
+}
+
+func explainCode(v cryptohook.Verdict, sender id.UserID) text {
 	name, device := clip(sender.String()), describeDevice(v.DeviceID)
 	switch v.Code {
 	case cryptohook.CodeVerified:

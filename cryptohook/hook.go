@@ -147,7 +147,7 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 		return nil, err
 	}
 	h.uow = newUnitOfWork(cryptoStore)
-	h.uow.putImported = h.importSession
+	h.uow.putOther = h.storeOther
 	return stateStore, nil
 }
 

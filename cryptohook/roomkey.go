@@ -224,14 +224,9 @@ func (h *Hook) holderOf(ctx context.Context, sessionID id.SessionID) (*holder, e
 	return h.store.holder(ctx, h.uow.AccountID, sessionID)
 }
 
-// importSession stores a session that did not come in an m.room_key: its sender is not known, and it never takes the place of a
-// session that another device brought.
-func (h *Hook) importSession(ctx context.Context, session *crypto.InboundGroupSession) error {
-	now := h.clock()
-	claim := &SenderData{
-		SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
-		Source: sourceOf(session.KeySource), Legacy: true, State: StateUnknownDevice, ReceivedAt: now, UpdatedAt: now,
-	}
+// storeOther stores a session that did not come in an m.room_key. It never takes the place of one that another device brought.
+func (h *Hook) storeOther(ctx context.Context, session *crypto.InboundGroupSession) error {
+	claim := h.otherClaim(session)
 	current, err := h.holderOf(ctx, session.ID())
 	if err != nil {
 		return err
@@ -245,4 +240,21 @@ func (h *Hook) importSession(ctx context.Context, session *crypto.InboundGroupSe
 		return nil
 	}
 	return h.store.mergeClaim(ctx, claim)
+}
+
+// otherClaim is what is known of the sender of a session that did not come in an m.room_key: nothing, unless we made it.
+func (h *Hook) otherClaim(session *crypto.InboundGroupSession) *SenderData {
+	now := h.clock()
+	claim := &SenderData{
+		SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
+		Source: sourceOf(session.KeySource), Legacy: true, State: StateUnknownDevice, ReceivedAt: now, UpdatedAt: now,
+	}
+	if !h.uow.isOwn(session) || session.KeySource != id.KeySourceDirect {
+		return claim
+	}
+	claim.Legacy, claim.Sender, claim.DeviceID, claim.State = false, h.client.UserID, h.client.DeviceID, StateDeviceInfo
+	if anchor := h.anchor(); anchor.masterKey != "" {
+		claim.State, claim.MasterKey = StateSenderVerified, anchor.masterKey
+	}
+	return claim
 }

@@ -38,8 +38,8 @@ type unitOfWork struct {
 	gateHeld bool
 	// withoutGate takes the protection away, for the test that proves that it protects.
 	withoutGate bool
-	// putImported stores a session that did not come in an m.room_key.
-	putImported func(ctx context.Context, session *crypto.InboundGroupSession) error
+	// putOther stores a session that did not come in an m.room_key.
+	putOther func(ctx context.Context, session *crypto.InboundGroupSession) error
 	// fault, if set, is called between the writes of a flush. Tests stop the world there.
 	fault func(at string) error
 
@@ -470,17 +470,16 @@ func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.Inboun
 	return nil
 }
 
-// PutGroupSession stores a session, and what the way that it came proves of its sender. Outside of receiving, the sender is
-// not known: the session is from a backup, an import or a bundle, or it is our own.
+// PutGroupSession stores a session, and what the way that it came says of its sender. Outside of receiving, that is not an
+// m.room_key: the session is from a backup, an import or a bundle, or it is our own.
 func (u *unitOfWork) PutGroupSession(ctx context.Context, session *crypto.InboundGroupSession) error {
-	none := func(context.Context) error { return nil }
-	if isReceiving(ctx) || u.isOwn(session) {
-		return u.putGroupSession(ctx, session, none)
-	}
-	if session.KeySource == id.KeySourceDirect {
+	switch {
+	case isReceiving(ctx):
+		return u.putGroupSession(ctx, session, func(context.Context) error { return nil })
+	case session.KeySource == id.KeySourceDirect && !u.isOwn(session):
 		return fmt.Errorf("%w: session %s of %s", ErrHookBypassed, session.ID(), session.SenderKey)
 	}
-	return u.putImported(ctx, session)
+	return u.putOther(ctx, session)
 }
 
 func (u *unitOfWork) isOwn(session *crypto.InboundGroupSession) bool {
