@@ -253,7 +253,7 @@ func (h *Hook) Encrypt(ctx context.Context, roomID id.RoomID, evtType event.Type
 
 // Decrypt implements [mautrix.CryptoHelper], for events that did not come by /sync. It gives no verdict.
 func (h *Hook) Decrypt(ctx context.Context, evt *event.Event) (*event.Event, error) {
-	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
+	return h.decrypt(ctx, evt)
 }
 
 // WaitForSession implements [mautrix.CryptoHelper].

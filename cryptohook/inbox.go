@@ -316,7 +316,7 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 		v.ContentWithheld = true
 		return evt, v, 0, nil
 	}
-	decrypted, err := h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
+	decrypted, err := h.decrypt(ctx, evt)
 	if err != nil {
 		code, reason, final, known := classify(err)
 		if !known {
@@ -347,6 +347,19 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	}
 	decrypted.Mautrix.EventSource |= event.SourceDecrypted
 	return decrypted, v, 0, nil
+}
+
+var errPanicked = errors.New("mautrix panicked")
+
+// decrypt shields us from mautrix 0.31, which panics at a Megolm payload that is the JSON null: a member could end the process
+// with one message, again and again.
+func (h *Hook) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.Event, err error) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			err = fmt.Errorf("%w: %v", errPanicked, reason)
+		}
+	}()
+	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
 }
 
 // awaitsKeys says that the sender's keys are being asked for, so that the verdict may change at once.

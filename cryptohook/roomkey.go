@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -48,7 +49,7 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.E
 	receiving := withReceiving(ctx)
 	intercepted := *evt
 	intercepted.Type.Class = interceptedClass
-	decrypted := h.mach.HandleEncryptedEvent(receiving, &intercepted)
+	decrypted := h.handleEncrypted(receiving, &intercepted)
 	if err := h.uow.failure(); err != nil {
 		return nil, err
 	}
@@ -77,6 +78,17 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.E
 	}
 	passedOn.Mautrix.WasEncrypted = true
 	return passedOn, nil
+}
+
+// handleEncrypted lets mautrix decrypt the event. A panic there costs one event: the same event would be delivered for ever.
+func (h *Hook) handleEncrypted(ctx context.Context, evt *event.Event) (decrypted *crypto.DecryptedOlmEvent) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			zerolog.Ctx(ctx).Error().Any("panic", reason).Bytes("stack", debug.Stack()).Msg("Ignoring a to-device event that mautrix cannot bear")
+			decrypted = nil
+		}
+	}()
+	return h.mach.HandleEncryptedEvent(ctx, evt)
 }
 
 // receiveRoomKey stores the Megolm session of an m.room_key together with who sent it. It does what mautrix's receiveRoomKey
