@@ -111,6 +111,8 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hoo
 	// The hook asks for keys itself, beside decryption; and it has its own record of message indices.
 	h.mach.DisableDecryptKeyFetching = true
 	h.mach.DisableRatchetTracking = true
+	// What is in a message does not change who sent it.
+	h.mach.IgnorePostDecryptionParseErrors = true
 	if err = h.mach.Load(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrPickleKey, err)
 	}

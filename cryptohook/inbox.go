@@ -266,10 +266,8 @@ func (e *inboxEvent) parse() (*event.Event, error) {
 	evt.Type.Class = event.MessageEventType
 	evt.Mautrix.EventSource = event.SourceJoin | event.SourceTimeline
 	evt.Mautrix.ReceivedAt = e.receivedAt
-	err := evt.Content.ParseRaw(evt.Type)
-	if err != nil && !errors.Is(err, event.ErrUnsupportedContentType) && evt.Type != event.EventEncrypted {
-		return nil, fmt.Errorf("failed to parse the content: %w", err)
-	} else if err != nil {
+	// Content that is not what its type says is for the handler to see; who sent it can be told all the same.
+	if evt.Content.ParseRaw(evt.Type) != nil {
 		evt.Content.Parsed = nil
 	}
 	return &evt, nil
@@ -298,8 +296,8 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 		return nil, v, 0, err
 	}
 	claims = livingClaims(claims)
-	waited := h.clock().Sub(e.receivedAt)
-	if left := identityWait - waited; left > 0 && len(claims) > 0 && h.awaitsKeys(claims) {
+	now := h.clock()
+	if left := identityWait - now.Sub(e.complete(claims)); left > 0 && h.awaitsKeys(claims) {
 		return nil, v, left, nil
 	}
 	var identity *Identity
@@ -310,7 +308,7 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	}
 	v = h.anchor().verdict(evt.Sender, sessionID, claims, identity)
 	v.EventID = e.eventID
-	v.Outdated = len(claims) > 0 && h.awaitsKeys(claims)
+	v.Outdated = h.awaitsKeys(claims)
 	if v.Code == CodeSessionRejected || v.Code == CodeMismatchedSender {
 		// What somebody else sends on is not decrypted: it must not use up the message index of the original.
 		v.ContentWithheld = true
@@ -331,7 +329,7 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 				reason, final = string(withheld), finalWithheld[withheld]
 			}
 		}
-		if left := h.options.KeyWait - waited; !final && left > 0 {
+		if left := h.options.KeyWait - now.Sub(e.receivedAt); !final && left > 0 {
 			return nil, v, left, nil
 		}
 		zerolog.Ctx(ctx).Debug().Err(err).Msg("Failed to decrypt an event")
@@ -360,6 +358,17 @@ func (h *Hook) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.
 		}
 	}()
 	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
+}
+
+// complete is when the event and its key were both there: the time that a sender's keys may take counts from then.
+func (e *inboxEvent) complete(claims []*SenderData) time.Time {
+	complete := e.receivedAt
+	for _, claim := range claims {
+		if claim.ReceivedAt.After(complete) {
+			complete = claim.ReceivedAt
+		}
+	}
+	return complete
 }
 
 // awaitsKeys says that the sender's keys are being asked for, so that the verdict may change at once.
