@@ -347,14 +347,14 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	return decrypted, v, 0, nil
 }
 
-var errPanicked = errors.New("mautrix panicked")
+var errUnbearable = errors.New("mautrix cannot bear the payload")
 
 // decrypt shields us from mautrix 0.31, which panics at a Megolm payload that is the JSON null: a member could end the process
 // with one message, again and again.
 func (h *Hook) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.Event, err error) {
 	defer func() {
 		if reason := recover(); reason != nil {
-			err = fmt.Errorf("%w: %v", errPanicked, reason)
+			err = fmt.Errorf("%w: %v", errUnbearable, reason)
 		}
 	}()
 	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)

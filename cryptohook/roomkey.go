@@ -84,7 +84,7 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.E
 func (h *Hook) handleEncrypted(ctx context.Context, evt *event.Event) (decrypted *crypto.DecryptedOlmEvent) {
 	defer func() {
 		if reason := recover(); reason != nil {
-			zerolog.Ctx(ctx).Error().Any("panic", reason).Bytes("stack", debug.Stack()).Msg("Ignoring a to-device event that mautrix cannot bear")
+			zerolog.Ctx(ctx).Error().Any("reason", reason).Bytes("stack", debug.Stack()).Msg("Ignoring a to-device event that mautrix cannot bear")
 			decrypted = nil
 		}
 	}()
