@@ -53,6 +53,9 @@ func explain(v cryptohook.Verdict, sender id.UserID) text {
 	if v.Outdated {
 		words.known += " (The server has not answered in time what devices this person has now; this is from what was known before.)"
 	}
+	if v.ContentWithheld && v.Code != cryptohook.CodeSessionRejected && v.Code != cryptohook.CodeMismatchedSender {
+		words.known += " This bot is set up to work with messages of proven senders only, and did not read it."
+	}
 	return words
 }
 
