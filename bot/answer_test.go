@@ -3,7 +3,10 @@ package bot
 import (
 	"encoding/json"
 	"errors"
+	"io"
 	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"testing"
 	"time"
 
@@ -136,5 +139,29 @@ func TestSendingIsTriedAgainUnlessRefusedForGood(t *testing.T) {
 		if pause, final := retryAfter(test.err, time.Second); final != test.final || !final && pause != test.pause {
 			t.Errorf("%s: pause %s, final %v", name, pause, final)
 		}
+	}
+}
+
+func TestRateLimitedAnswerIsSentAgainUnderTheSameTransactionID(t *testing.T) {
+	var paths []string
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		paths = append(paths, r.URL.Path)
+		if len(paths) == 1 {
+			w.WriteHeader(http.StatusTooManyRequests)
+			_, _ = io.WriteString(w, `{"errcode":"M_LIMIT_EXCEEDED","error":"slow down","retry_after_ms":20}`)
+			return
+		}
+		_, _ = io.WriteString(w, `{"event_id":"$answer"}`)
+	}))
+	defer server.Close()
+	b := testBot(t)
+	b.client.HomeserverURL, _ = url.Parse(server.URL)
+	begun := time.Now()
+	eventID, sent := b.send(t.Context(), "!room:example.org", &event.Content{Raw: map[string]any{"body": "x"}}, "txn")
+	if !sent || eventID != "$answer" || len(paths) != 2 || paths[0] != paths[1] {
+		t.Errorf("sent %v as %s, by requests %v", sent, eventID, paths)
+	}
+	if took := time.Since(begun); took < 20*time.Millisecond {
+		t.Errorf("did not wait as long as it was told: %s", took)
 	}
 }
