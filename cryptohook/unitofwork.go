@@ -16,7 +16,8 @@ import (
 
 // unitOfWork is mautrix's crypto store with its writes held back: what one /sync brings (Olm ratchets, message hashes, the
 // account, Megolm sessions, sender data, message indices, the inbox, the sync token) becomes durable in one short transaction,
-// or not at all. It reads its own writes. Nothing is written while an Olm lock is held, so no transaction ever waits for one.
+// or not at all. It reads its own writes. A transaction is opened only when all it writes is at hand, so none ever waits for a lock
+// of mautrix's.
 //
 // Two rules make that safe with encryptors at work beside the receiver:
 //
@@ -499,16 +500,13 @@ func (u *unitOfWork) forget(matches func(*crypto.InboundGroupSession) bool) {
 	}
 }
 
-func (u *unitOfWork) RedactGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID, reason string) error {
-	redact := func(ctx context.Context) error {
-		return u.SQLCryptoStore.RedactGroupSession(ctx, roomID, sessionID, reason)
-	}
+// RedactGroupSession stages the redaction: mautrix may call it with the Megolm decrypt lock held.
+func (u *unitOfWork) RedactGroupSession(_ context.Context, roomID id.RoomID, sessionID id.SessionID, reason string) error {
 	u.forget(func(session *crypto.InboundGroupSession) bool { return session.ID() == sessionID })
-	if isReceiving(ctx) {
-		u.stage(redact)
-		return nil
-	}
-	return u.afterFlush(ctx, redact)
+	u.stage(func(ctx context.Context) error {
+		return u.SQLCryptoStore.RedactGroupSession(ctx, roomID, sessionID, reason)
+	})
+	return nil
 }
 
 func (u *unitOfWork) RedactGroupSessions(ctx context.Context, roomID id.RoomID, senderKey id.SenderKey, reason string) (redacted []id.SessionID, err error) {
