@@ -109,7 +109,7 @@ func (w *world) start(ctx context.Context) (err error) {
 	if w.root, err = botproc.ProjectRoot(ctx); err != nil {
 		return err
 	}
-	if w.server, err = synapse.Start(ctx, synapse.Options{Dir: filepath.Join(w.dir, "synapse"), ProjectRoot: w.root, Log: os.Stderr}); err != nil {
+	if w.server, err = synapse.Start(ctx, synapse.Options{ProjectRoot: w.root}); err != nil {
 		return err
 	}
 	if w.binary, err = botproc.Build(ctx, w.root, w.dir); err != nil {
@@ -150,7 +150,7 @@ func (w *world) close() {
 			}
 		}
 		if w.server != nil {
-			w.server.Stop()
+			_ = w.server.Stop()
 		}
 		if w.dir != "" {
 			_ = os.RemoveAll(w.dir)
@@ -211,7 +211,8 @@ func (w *world) startBot(ctx context.Context, dir string, configure func(botproc
 // newBot starts a bot for one test, with checks of its log at the end.
 func (w *world) newBot(t *testing.T, configure func(botproc.Config)) *botproc.Bot {
 	t.Helper()
-	bot := must(w.startBot(within(t, patience), t.TempDir(), configure))(t)
+	dir := must(os.MkdirTemp(w.dir, "bot-"))(t) // there, since an interrupted test does not clean up
+	bot := must(w.startBot(within(t, patience), dir, configure))(t)
 	t.Cleanup(func() {
 		bot.Kill()
 		if err := bot.CheckLog(mark, password); err != nil {

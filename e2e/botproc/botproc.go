@@ -242,17 +242,18 @@ lines:
 	return found
 }
 
-// CheckLog gives an error for each line of the log that contains one of the secrets, and for each that is not a JSON object, as
-// the stack of a panic is not. The passwords and keys in the configuration count as secrets.
+// CheckLog says what is wrong with the log: lines that contain one of the secrets, and lines that are not JSON objects, as the stack
+// of a panic is not. The password and the keys in the configuration count as secrets.
 func (b *Bot) CheckLog(secrets ...string) error {
 	configured, err := b.configuredSecrets()
 	if err != nil {
 		return err
 	}
 	var faults []error
+	var foreign []string
 	for _, line := range b.Log() {
 		if !json.Valid([]byte(line)) {
-			faults = append(faults, fmt.Errorf("the bot wrote something that is not a log event: %s", line))
+			foreign = append(foreign, line)
 		}
 		for _, secret := range append(configured, secrets...) {
 			if secret != "" && strings.Contains(line, secret) {
@@ -260,8 +261,15 @@ func (b *Bot) CheckLog(secrets ...string) error {
 			}
 		}
 	}
+	if len(foreign) > 0 {
+		shown := strings.Join(foreign[:min(len(foreign), mostForeignLines)], "\n")
+		faults = append(faults, fmt.Errorf("the bot wrote %d lines that are not log events:\n%s", len(foreign), shown))
+	}
 	return errors.Join(faults...)
 }
+
+// mostForeignLines is enough of a panic's stack to see where it came from.
+const mostForeignLines = 40
 
 // configuredSecrets reads the secrets in the configuration, as the bot has completed it.
 func (b *Bot) configuredSecrets() ([]string, error) {

@@ -172,7 +172,7 @@ func (p *Person) ReadText(ctx context.Context, roomID id.RoomID, eventID id.Even
 	prepare(evt, roomID)
 	if evt.Type == event.EventEncrypted {
 		p.machineLock.Lock()
-		evt, err = p.machine.DecryptMegolmEvent(ctx, evt)
+		evt, err = p.decrypt(ctx, evt)
 		p.machineLock.Unlock()
 		if err != nil {
 			return "", fmt.Errorf("%s failed to decrypt %s: %w", p.UserID, eventID, err)

@@ -56,14 +56,8 @@ func (p *Person) selfSigningKey() id.Ed25519 {
 	return p.machine.CrossSigningKeys.SelfSigningKey.PublicKey()
 }
 
-// DeviceKeys makes this device's keys object with its signatures, as a client embeds it into Olm messages (MSC4147): signed
-// by the device, and by the account's self-signing key where this device has it.
-func (p *Person) DeviceKeys() (map[string]any, error) {
-	p.machineLock.Lock()
-	defer p.machineLock.Unlock()
-	return p.deviceKeys()
-}
-
+// deviceKeys makes this device's keys object with its signatures, as a client embeds it into Olm messages (MSC4147): signed by the
+// device, and by the account's self-signing key where this device has it.
 func (p *Person) deviceKeys() (map[string]any, error) {
 	keys := map[string]any{
 		"user_id":    p.UserID.String(),

@@ -36,8 +36,6 @@ type Options struct {
 	DeviceName string
 	// Unpublished keeps the device's keys from the homeserver: nobody can look them up, and nobody can encrypt to it.
 	Unpublished bool
-	// Log gets what mautrix logs. Nil: nothing is logged.
-	Log *zerolog.Logger
 }
 
 // Person is one device of a Matrix account, with a goroutine that syncs until [Person.Close].
@@ -71,11 +69,7 @@ func Login(ctx context.Context, homeserverURL, user, password string, options Op
 	}
 	client.DefaultHTTPRetries = 2
 	client.DefaultHTTPBackoff = 200 * time.Millisecond
-	log := zerolog.Nop()
-	if options.Log != nil {
-		log = *options.Log
-	}
-	client.Log = log
+	client.Log = zerolog.Nop()
 	_, err = client.Login(ctx, &mautrix.ReqLogin{
 		Type:                     mautrix.AuthTypePassword,
 		Identifier:               mautrix.UserIdentifier{Type: mautrix.IdentifierTypeUser, User: user},
@@ -88,7 +82,7 @@ func Login(ctx context.Context, homeserverURL, user, password string, options Op
 	}
 	state := mautrix.NewMemoryStateStore().(*mautrix.MemoryStateStore)
 	client.StateStore = state
-	machine := crypto.NewOlmMachine(client, &log, crypto.NewMemoryStore(nil), state)
+	machine := crypto.NewOlmMachine(client, &client.Log, crypto.NewMemoryStore(nil), state)
 	machine.DisableDecryptKeyFetching = true
 	machine.IgnorePostDecryptionParseErrors = true
 	machine.DisableRatchetTracking = true
@@ -137,11 +131,3 @@ func (p *Person) SenderKey() id.SenderKey { return p.machine.GetAccount().Identi
 
 // SigningKey is the device's ed25519 key, unpadded base64.
 func (p *Person) SigningKey() id.Ed25519 { return p.machine.GetAccount().SigningKey() }
-
-// SetDisplayName sets the name that the account has in rooms.
-func (p *Person) SetDisplayName(ctx context.Context, name string) error {
-	if err := p.Client.SetDisplayName(ctx, name); err != nil {
-		return fmt.Errorf("failed to set the display name of %s: %w", p.UserID, err)
-	}
-	return nil
-}

@@ -44,13 +44,6 @@ func (p *Person) SendReaction(ctx context.Context, roomID id.RoomID, to id.Event
 	})
 }
 
-// SendReply sends a text as the reply to an event, into an encrypted room.
-func (p *Person) SendReply(ctx context.Context, roomID id.RoomID, to id.EventID, text string) (id.EventID, error) {
-	content := textContent(text)
-	content["m.relates_to"] = map[string]any{"m.in_reply_to": map[string]any{"event_id": to}}
-	return p.sendEncrypted(ctx, roomID, event.EventMessage, content)
-}
-
 // SendClear sends a text in the clear, whether or not the room is encrypted.
 func (p *Person) SendClear(ctx context.Context, roomID id.RoomID, text string) (id.EventID, error) {
 	return p.SendRaw(ctx, roomID, event.EventMessage.Type, textContent(text))

@@ -185,7 +185,7 @@ func (p *Person) read(ctx context.Context, events []*event.Event) (read, unread 
 		case evt.Type == event.EventMessage:
 			read = append(read, evt)
 		case evt.Type == event.EventEncrypted:
-			decrypted, err := p.machine.DecryptMegolmEvent(ctx, evt)
+			decrypted, err := p.decrypt(ctx, evt)
 			if errors.Is(err, crypto.ErrNoSessionFound) {
 				unread = append(unread, evt)
 			} else if err == nil {
@@ -194,6 +194,16 @@ func (p *Person) read(ctx context.Context, events []*event.Event) (read, unread 
 		}
 	}
 	return read, unread
+}
+
+// decrypt decrypts a room event. mautrix 0.31 panics when the plaintext is "null"; a person who reads junk is not to end the test.
+func (p *Person) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.Event, err error) {
+	defer func() {
+		if r := recover(); r != nil {
+			err = fmt.Errorf("mautrix panicked: %v", r)
+		}
+	}()
+	return p.machine.DecryptMegolmEvent(ctx, evt)
 }
 
 func (p *Person) unread() []*event.Event {
