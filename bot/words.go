@@ -69,7 +69,7 @@ func explainCode(v cryptohook.Verdict, sender id.UserID) text {
 	case cryptohook.CodeUnverifiedIdentity:
 		return text{signPlain, "From the account " + name + ", not verified in person.",
 			"It was sent from " + device + ", which the owner of the account has confirmed as their own. Nobody has checked for this bot who the owner is.",
-			"To be sure who they are, compare their security key with them over another channel, for example face to face: " + groups(v.MasterKey)}
+			"If it matters who they are, compare the account's public key with them over another channel, for example face to face, and have the operator of this bot note it as verified: " + groups(v.MasterKey)}
 	case cryptohook.CodeIdentityChanged:
 		return text{signCaution, "The identity of " + name + " has changed.",
 			"It was sent from " + device + ", which its owner has confirmed, but with other keys than this bot saw first. People change them when they lose all their devices; somebody who takes over an account does, too.",
@@ -81,7 +81,7 @@ func explainCode(v cryptohook.Verdict, sender id.UserID) text {
 	case cryptohook.CodeUnsignedDevice:
 		return text{signWarning, "Sent from a device that " + name + " has not confirmed.",
 			"It came from " + device + ". The account's owner has not confirmed this device as their own, so anybody who got into the account could have added it.",
-			"Do not rely on this message. If you are " + name + ": verify this device from another one of yours, or set up encryption (\"secure backup\") in its settings."}
+			"Do not rely on this message. If you are " + name + ": confirm it from another device of yours (\"verify this device\"), or set up encryption in its settings if it is your only one."}
 	case cryptohook.CodeUnknownDevice:
 		return text{signWarning, "Sent from an unknown device.",
 			"The server says that " + name + " sent this, but the account has no device with the keys that were used. It may have been logged out since.",

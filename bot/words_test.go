@@ -92,7 +92,7 @@ func TestWordsNameTheSenderWithoutJargon(t *testing.T) {
 		if code != string(cryptohook.CodeNotEncrypted) && !strings.Contains(words, "@alice:example.org") {
 			t.Errorf("%s does not name the sender: %s", name, words)
 		}
-		for _, jargon := range []string{"MSK", "cross-sign", "Megolm", "Olm", "curve25519", "master key", "session"} {
+		for _, jargon := range []string{"MSK", "cross-sign", "Megolm", "Olm", "curve25519", "master key", "session", "security key", "recovery key"} {
 			if strings.Contains(words, jargon) {
 				t.Errorf("%s speaks of %q: %s", name, jargon, words)
 			}
