@@ -3,6 +3,7 @@ package cryptohook
 import (
 	"context"
 	"fmt"
+	"maps"
 	"sync"
 	"time"
 
@@ -19,8 +20,8 @@ type resolver struct {
 	mu sync.Mutex
 	// outdated are the users whose keys are to be asked for, with the retries of those that failed.
 	outdated map[id.UserID]*attempt
-	// answered are users of whom a key query, whoever made it, has just told something.
-	answered map[id.UserID]struct{}
+	// answered counts, for users whose sessions are not judged again yet, how often a key query, whoever made it, told something.
+	answered map[id.UserID]int
 }
 
 type attempt struct {
@@ -36,7 +37,7 @@ const (
 func newResolver(hook *Hook) *resolver {
 	return &resolver{
 		hook: hook, wake: make(chan struct{}, 1),
-		outdated: make(map[id.UserID]*attempt), answered: make(map[id.UserID]struct{}),
+		outdated: make(map[id.UserID]*attempt), answered: make(map[id.UserID]int),
 	}
 }
 
@@ -61,7 +62,7 @@ func (r *resolver) ask(users ...id.UserID) {
 func (r *resolver) judgeAgain(users []id.UserID) {
 	r.mu.Lock()
 	for _, userID := range users {
-		r.answered[userID] = struct{}{}
+		r.answered[userID]++
 	}
 	r.mu.Unlock()
 	r.signal()
@@ -177,12 +178,12 @@ func (r *resolver) pass(ctx context.Context) (worked bool, err error) {
 			return worked, err
 		}
 	}
-	for userID := range r.takeAnswered() {
+	for userID, count := range r.answeredUsers() {
 		worked = true
 		if err = r.judge(ctx, userID, guards); err != nil {
-			r.judgeAgain([]id.UserID{userID})
 			return worked, err
 		}
+		r.judged(userID, count)
 	}
 	return worked, nil
 }
@@ -200,12 +201,19 @@ func (r *resolver) dueUsers() map[id.UserID]struct{} {
 	return users
 }
 
-func (r *resolver) takeAnswered() map[id.UserID]struct{} {
+func (r *resolver) answeredUsers() map[id.UserID]int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	answered := r.answered
-	r.answered = make(map[id.UserID]struct{})
-	return answered
+	return maps.Clone(r.answered)
+}
+
+// judged takes a user off whose sessions were judged again, unless something new was told meanwhile. Until then verdicts wait.
+func (r *resolver) judged(userID id.UserID, count int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.answered[userID] == count {
+		delete(r.answered, userID)
+	}
 }
 
 // query asks for the keys of the users, in as few requests as there may be. What comes is stored by observeKeyQuery.
@@ -333,14 +341,19 @@ func (h *Hook) resume(ctx context.Context, session *SenderData, retry bool) erro
 	})
 }
 
-// reject takes the key of a session away whose device keys are forged (step H), unless another device holds that session.
+// reject takes the key of a session away whose device keys are forged (step H), unless it is another device's, too.
 func (h *Hook) reject(ctx context.Context, rejected *SenderData) error {
 	zerolog.Ctx(ctx).Error().
 		Stringer("session_id", rejected.SessionID).Stringer("sender", rejected.Sender).Stringer("device_id", rejected.DeviceID).
 		Msg("Rejecting a session: " + rejected.Reason)
-	current, err := h.store.holder(ctx, h.uow.AccountID, rejected.SessionID)
-	if err != nil || current == nil || current.senderKey != rejected.SenderKey {
+	claims, err := h.store.claims(ctx, rejected.SessionID)
+	if err != nil {
 		return err
+	}
+	for _, claim := range claims {
+		if claim.SenderKey != rejected.SenderKey && claim.State != StateRejected {
+			return nil
+		}
 	}
 	return h.uow.SQLCryptoStore.RedactGroupSession(ctx, rejected.RoomID, rejected.SessionID, rejected.Reason)
 }
