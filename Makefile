@@ -13,14 +13,15 @@ build: ## the program, ./sendertrust
 .PHONY: demo
 demo: ## a conversation with the bot on a private homeserver; KEEP=1 leaves it running
 	@./e2e/setup.sh go synapse >/dev/null
-	@$(GO) run -tags $(TAGS) ./e2e/demo
+	@$(GO) build -tags $(TAGS) -o .cache/demo ./e2e/demo
+	@exec .cache/demo
 
 .PHONY: test
 test: ## all tests: units with the race detector, then Synapse, the bot as a process, and Element's crypto
 	@./e2e/setup.sh go synapse element >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
-	$(GO) test -tags $(TAGS) -count 1 -p 1 -timeout 12m ./e2e/...
+	$(GO) test -tags $(TAGS) -count 1 -p 1 -v -timeout 12m ./e2e/...
 
 .PHONY: test-unit
 test-unit: ## the tests that need no homeserver
