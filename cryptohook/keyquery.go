@@ -1,0 +1,138 @@
+package cryptohook
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+
+	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/id"
+)
+
+// keyQuery is a /keys/query answer with the objects as they were signed.
+// https://spec.matrix.org/v1.16/client-server-api/#post_matrixclientv3keysquery
+type keyQuery struct {
+	DeviceKeys      map[id.UserID]map[id.DeviceID]json.RawMessage `json:"device_keys"`
+	MasterKeys      map[id.UserID]json.RawMessage                 `json:"master_keys"`
+	SelfSigningKeys map[id.UserID]json.RawMessage                 `json:"self_signing_keys"`
+}
+
+// observeKeyQuery stores what a /keys/query answer proves, before mautrix sees it. Users that were not asked about are
+// ignored. An unreadable answer is left to mautrix to complain about.
+func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
+	ctx := req.Context()
+	var asked mautrix.ReqQueryKeys
+	if req.GetBody == nil {
+		return nil
+	}
+	request, err := req.GetBody()
+	if err != nil {
+		return err
+	}
+	if err = json.NewDecoder(request).Decode(&asked); err != nil {
+		return fmt.Errorf("failed to read the key query's own request: %w", err)
+	}
+	var answer keyQuery
+	if err = json.Unmarshal(body, &answer); err != nil {
+		return nil
+	}
+	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
+	err = h.store.DoTxn(context.WithoutCancel(ctx), nil, func(ctx context.Context) error {
+		answered = answered[:0]
+		for userID, devices := range asked.DeviceKeys {
+			if _, ok := answer.DeviceKeys[userID]; !ok {
+				continue
+			}
+			if err := h.storePublished(ctx, userID, &answer, len(devices) == 0); err != nil {
+				return err
+			}
+			answered = append(answered, userID)
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("failed to store the keys that users publish: %w", err)
+	}
+	h.resolver.judgeAgain(answered)
+	return nil
+}
+
+// storePublished stores one user's devices and identity. complete says that all devices were asked for.
+func (h *Hook) storePublished(ctx context.Context, userID id.UserID, answer *keyQuery, complete bool) error {
+	log := h.log.With().Stringer("user_id", userID).Logger()
+	ctx = log.WithContext(ctx)
+	if err := h.storeDevices(ctx, userID, answer.DeviceKeys[userID], complete); err != nil {
+		return err
+	}
+	anchor := h.anchor()
+	published, err := anchor.readIdentity(userID, answer.MasterKeys[userID], answer.SelfSigningKeys[userID])
+	if err != nil {
+		log.Warn().Err(err).Msg("The server publishes a cross-signing key that is not valid")
+	}
+	if published == nil {
+		return nil
+	}
+	identity, err := h.store.identity(ctx, userID)
+	if err != nil {
+		return err
+	}
+	if identity == nil {
+		identity = &Identity{UserID: userID}
+	} else if identity.MasterKey != published.masterKey {
+		log.Warn().Stringer("old_master_key", identity.MasterKey).Stringer("new_master_key", published.masterKey).
+			Msg("The identity of this user has changed")
+	}
+	identity.merge(published)
+	if pin, pinned := anchor.pins[userID]; pinned && pin != identity.MasterKey {
+		log.Error().Stringer("pinned_master_key", pin).Stringer("published_master_key", identity.MasterKey).
+			Msg("The master key that this user publishes is NOT the one that the configuration pins: treating this user as a verification violation")
+	}
+	return h.store.putIdentity(ctx, identity, anchor, h.clock())
+}
+
+func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[id.DeviceID]json.RawMessage, complete bool) error {
+	type published struct {
+		identityKey id.IdentityKey
+		signingKey  id.Ed25519
+		raw         json.RawMessage
+	}
+	valid := make(map[id.DeviceID]published, len(devices))
+	var kept []id.DeviceID
+	for deviceID, raw := range devices {
+		log := zerolog.Ctx(ctx).With().Stringer("device_id", deviceID).Logger()
+		keys, err := parseDeviceKeys(raw, userID, deviceID)
+		if err != nil {
+			log.Warn().Err(err).Msg("The server publishes device keys that are not valid")
+			continue
+		}
+		signingKey := keys.Keys.GetEd25519(deviceID)
+		known, err := h.store.signingKey(ctx, userID, deviceID)
+		if err != nil {
+			return err
+		}
+		if known != "" && known != signingKey {
+			log.Error().Err(errSigningKeyChanged).Msg("Ignoring a device's new keys")
+			kept = append(kept, deviceID)
+			continue
+		}
+		valid[deviceID] = published{keys.Keys.GetCurve25519(deviceID), signingKey, raw}
+	}
+	if complete {
+		if err := h.store.markDevicesDeleted(ctx, userID); err != nil {
+			return err
+		}
+	}
+	for _, deviceID := range kept {
+		if err := h.store.keepDevice(ctx, userID, deviceID); err != nil {
+			return err
+		}
+	}
+	for deviceID, device := range valid {
+		if err := h.store.putDevice(ctx, userID, deviceID, device.identityKey, device.signingKey, device.raw); err != nil {
+			return err
+		}
+	}
+	return nil
+}
