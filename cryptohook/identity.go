@@ -50,10 +50,14 @@ func (a trustAnchor) judge(identity *Identity) standing {
 		return standingUnverified
 	}
 	if identity.UserID == a.userID {
-		if identity.MasterKey == a.masterKey {
+		switch {
+		case identity.MasterKey == a.masterKey:
 			return standingVerified
+		case a.masterKey == "" && !identity.WasVerified:
+			return standingUnverified
+		default:
+			return standingViolation
 		}
-		return standingViolation
 	}
 	pin, pinned := a.pins[identity.UserID]
 	switch {

@@ -297,7 +297,13 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	}
 	claims = livingClaims(claims)
 	now := h.clock()
-	if left := identityWait - now.Sub(e.complete(claims)); left > 0 && h.awaitsKeys(claims) {
+	awaits, err := h.awaitsKeys(ctx, claims)
+	if err != nil {
+		return nil, v, 0, err
+	}
+	// Whoever claims the session again and again does not hold its messages up.
+	left := min(identityWait-now.Sub(e.complete(claims)), h.options.KeyWait+identityWait-now.Sub(e.receivedAt))
+	if awaits && left > 0 {
 		return nil, v, left, nil
 	}
 	var identity *Identity
@@ -308,11 +314,14 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	}
 	v = h.anchor().verdict(evt.Sender, sessionID, claims, identity)
 	v.EventID = e.eventID
-	v.Outdated = h.awaitsKeys(claims)
+	v.Outdated = awaits
 	if v.Code == CodeSessionRejected || v.Code == CodeMismatchedSender {
 		// What somebody else sends on is not decrypted: it must not use up the message index of the original.
 		v.ContentWithheld = true
 		return evt, v, 0, nil
+	}
+	if v.Code == CodeSessionConflict {
+		ctx = withDisputed(ctx)
 	}
 	decrypted, err := h.decrypt(ctx, evt)
 	if err != nil {
@@ -371,14 +380,20 @@ func (e *inboxEvent) complete(claims []*SenderData) time.Time {
 	return complete
 }
 
-// awaitsKeys says that the sender's keys are being asked for, so that the verdict may change at once.
-func (h *Hook) awaitsKeys(claims []*SenderData) bool {
+// awaitsKeys says that the sender's keys are being asked for, or were and nobody answered, so that the verdict may change at once.
+func (h *Hook) awaitsKeys(ctx context.Context, claims []*SenderData) (bool, error) {
 	for _, claim := range claims {
 		if claim.awaitsFirstLook() || h.resolver.pending(claim.Sender) {
-			return true
+			return true, nil
+		}
+		if claim.Sender == "" || claim.State.proven() {
+			continue
+		}
+		if current, err := h.store.deviceListCurrent(ctx, claim.Sender); err != nil || !current {
+			return true, err
 		}
 	}
-	return false
+	return false, nil
 }
 
 // finalWithheld are the codes by which a sender says that the key will not come.

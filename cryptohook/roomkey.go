@@ -1,6 +1,7 @@
 package cryptohook
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -118,30 +119,23 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 		log.Warn().Err(errUnconnected).Stringer("other_room_id", current.roomID).Msg("Skipping a room key")
 		return nil
 	}
-	h.uow.stage(func(ctx context.Context) error { return h.store.mergeClaim(ctx, sender) })
-	switch {
-	case sender.State == StateRejected:
-		// The key is not stored; what an earlier copy of it proved stays.
-		h.uow.stage(func(ctx context.Context) error {
-			stored, err := h.store.claim(ctx, sender.SessionID, sender.SenderKey)
-			if err != nil || stored == nil || stored.State != StateRejected {
+	if !ours {
+		log.Error().Stringer("other_sender_key", current.senderKey).Msg("Two devices claim the same session: keeping the first one's, and both claims")
+		h.uow.stage(func(ctx context.Context) error { return h.store.claimForHolder(ctx, session.ID(), current) })
+		// The key is signed with the session's own: it is genuine, whoever made it. What it opens earlier is not to be lost.
+		session.RoomID, session.SenderKey, session.SigningKey = current.roomID, current.senderKey, current.signingKey
+	}
+	if sender.State != StateRejected {
+		if ours && h.mach.DeletePreviousKeysOnReceive && !content.IsScheduled {
+			if _, err = h.uow.RedactGroupSessions(ctx, session.RoomID, session.SenderKey, "received new key from device"); err != nil {
 				return err
 			}
-			return h.reject(ctx, sender)
-		})
-		return nil
-	case !ours:
-		log.Error().Stringer("other_sender_key", current.senderKey).Msg("Two devices claim the same session: keeping the first one's key, and both claims")
-		return nil
-	}
-	if h.mach.DeletePreviousKeysOnReceive && !content.IsScheduled {
-		if _, err = h.uow.RedactGroupSessions(ctx, session.RoomID, session.SenderKey, "received new key from device"); err != nil {
+		}
+		if err = h.storeDirect(ctx, session, current); err != nil {
 			return err
 		}
 	}
-	if err = h.mach.StoreGroupSession(ctx, session); err != nil {
-		return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
-	}
+	h.uow.stage(func(ctx context.Context) error { return h.mergeClaim(ctx, sender) })
 	log.Debug().Str("state", string(sender.State)).Stringer("device_id", sender.DeviceID).Msg("Received a room key")
 	return nil
 }
@@ -236,22 +230,83 @@ func (h *Hook) holderOf(ctx context.Context, sessionID id.SessionID) (*holder, e
 	return h.store.holder(ctx, h.uow.AccountID, sessionID)
 }
 
-// storeOther stores a session that did not come in an m.room_key. It never takes the place of one that another device brought.
+// storeDirect stores a session that came in an m.room_key. One that was imported before under its ID, and is not the same
+// session, makes room.
+func (h *Hook) storeDirect(ctx context.Context, session *crypto.InboundGroupSession, current *holder) error {
+	if current != nil {
+		existing, err := h.uow.GetGroupSession(ctx, session.RoomID, session.ID())
+		if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
+			return err
+		}
+		if existing != nil && existing.KeySource != id.KeySourceDirect && !connected(existing, session) {
+			zerolog.Ctx(ctx).Warn().Msg("An imported session was not what its owner has shared now: taking the owner's")
+			if err = h.uow.PutGroupSession(ctx, session); err == nil {
+				h.mach.MarkSessionReceived(ctx, session.RoomID, session.ID(), session.Internal.FirstKnownIndex())
+			}
+			return err
+		}
+	}
+	if err := h.mach.StoreGroupSession(ctx, session); err != nil {
+		return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
+	}
+	return nil
+}
+
+// connected says whether two sessions of one ID have the same ratchet. A session key is signed, but an export is not: whoever
+// writes into a backup may put any ratchet under a session's ID.
+func connected(a, b *crypto.InboundGroupSession) bool {
+	index := max(a.Internal.FirstKnownIndex(), b.Internal.FirstKnownIndex())
+	ratchetA, errA := a.Internal.Export(index)
+	ratchetB, errB := b.Internal.Export(index)
+	return errA == nil && errB == nil && bytes.Equal(ratchetA, ratchetB)
+}
+
+// storeOther stores a session that did not come in an m.room_key. It never takes the place of one that another device brought,
+// nor of one that is not the same.
 func (h *Hook) storeOther(ctx context.Context, session *crypto.InboundGroupSession) error {
-	claim := h.otherClaim(session)
+	log := h.log.With().Stringer("session_id", session.ID()).Stringer("sender_key", session.SenderKey).Logger()
 	current, err := h.holderOf(ctx, session.ID())
 	if err != nil {
 		return err
 	}
-	if current == nil || current.senderKey == session.SenderKey && current.roomID == session.RoomID {
-		return h.uow.putGroupSession(ctx, session, func(ctx context.Context) error { return h.store.mergeClaim(ctx, claim) })
+	held := current != nil && current.senderKey == session.SenderKey && current.roomID == session.RoomID
+	if session.KeySource == id.KeySourceDirect && !held && !h.uow.isOwn(session) {
+		return fmt.Errorf("%w: session %s of %s", ErrHookBypassed, session.ID(), session.SenderKey)
 	}
-	h.log.Error().Stringer("session_id", session.ID()).Stringer("sender_key", session.SenderKey).Stringer("other_sender_key", current.senderKey).
-		Msg("An imported session claims the ID of one that another device brought: keeping the other")
-	if current.senderKey == session.SenderKey {
-		return nil
+	claim := h.otherClaim(session)
+	switch {
+	case current == nil:
+	case held:
+		existing, err := h.uow.GetGroupSession(ctx, session.RoomID, session.ID())
+		if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
+			return err
+		}
+		if existing != nil && !connected(existing, session) {
+			log.Error().Msg("An imported session has another ratchet than the one that is stored: keeping that one")
+			return nil
+		}
+		if session.KeySource == id.KeySourceDirect {
+			// mautrix has merged a better ratchet into a session that came directly: its claim stays what it is.
+			return h.uow.putGroupSession(ctx, session, nothing)
+		}
+	default:
+		log.Error().Stringer("other_sender_key", current.senderKey).Msg("An imported session claims the ID of one that another device brought: keeping the other")
+		if current.senderKey == session.SenderKey {
+			return nil
+		}
+		return h.mergeClaim(ctx, claim)
 	}
-	return h.store.mergeClaim(ctx, claim)
+	return h.uow.putGroupSession(ctx, session, func(ctx context.Context) error { return h.mergeClaim(ctx, claim) })
+}
+
+// mergeClaim stores what a key that has just been stored says. If the session was rejected, and this does not undo it, the key is
+// taken away again.
+func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
+	merged, err := h.store.mergeClaim(ctx, arrived)
+	if err != nil || merged.State != StateRejected {
+		return err
+	}
+	return h.reject(ctx, merged)
 }
 
 // otherClaim is what is known of the sender of a session that did not come in an m.room_key: nothing, unless we made it.

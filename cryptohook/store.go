@@ -113,6 +113,7 @@ func (s *store) claim(ctx context.Context, sessionID id.SessionID, senderKey id.
 	return sd, nil
 }
 
+// putClaim stores a claim. The time at which it was first received stays.
 func (s *store) putClaim(ctx context.Context, sd *SenderData) error {
 	_, err := s.Exec(ctx, upsertSessionQuery,
 		sd.SessionID, sd.SenderKey, sd.SigningKey, sd.RoomID, sd.Sender, sd.Source, sd.Legacy, sd.State, sd.Reason, sd.DeviceID,
@@ -123,20 +124,29 @@ func (s *store) putClaim(ctx context.Context, sd *SenderData) error {
 	return nil
 }
 
-// mergeClaim stores what a key that has just arrived says, unless more is known already.
-func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) error {
+// mergeClaim stores what a key that has just arrived says, unless more is known already. It returns what is stored now.
+func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderData, error) {
 	stored, err := s.claim(ctx, arrived.SessionID, arrived.SenderKey)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	merged := mergeSenderData(stored, arrived)
 	if merged == stored {
-		return nil
+		return stored, nil
 	}
-	if stored != nil {
-		merged.ReceivedAt = stored.ReceivedAt
+	return merged, s.putClaim(ctx, merged)
+}
+
+// claimForHolder gives the holder of a session a claim if it has none: it was stored before there were claims.
+func (s *store) claimForHolder(ctx context.Context, sessionID id.SessionID, h *holder) error {
+	stored, err := s.claim(ctx, sessionID, h.senderKey)
+	if err != nil || stored != nil {
+		return err
 	}
-	return s.putClaim(ctx, merged)
+	return s.putClaim(ctx, &SenderData{
+		SessionID: sessionID, RoomID: h.roomID, SenderKey: h.senderKey, SigningKey: h.signingKey, Source: SourceImport, Legacy: true,
+		State: StateUnknownDevice, ReceivedAt: time.UnixMilli(0), UpdatedAt: time.UnixMilli(0),
+	})
 }
 
 // nextRetry gives the time of the earliest scheduled retry, or zero.
@@ -168,6 +178,7 @@ const (
 	`
 	getSigningKeyQuery = `SELECT signing_key FROM sendertrust_device WHERE user_id=$1 AND device_id=$2 AND deleted=false`
 	deleteDevicesQuery = `UPDATE sendertrust_device SET deleted=true WHERE user_id=$1`
+	keepDeviceQuery    = `UPDATE sendertrust_device SET deleted=false WHERE user_id=$1 AND device_id=$2`
 	upsertDeviceQuery  = `
 		INSERT INTO sendertrust_device (user_id, device_id, identity_key, signing_key, device_keys, deleted)
 		VALUES ($1, $2, $3, $4, $5, false)
@@ -241,6 +252,12 @@ func (s *store) putDevice(ctx context.Context, userID id.UserID, deviceID id.Dev
 func (s *store) signingKey(ctx context.Context, userID id.UserID, deviceID id.DeviceID) (key id.Ed25519, err error) {
 	err = s.QueryRow(ctx, getSigningKeyQuery, userID, deviceID).Scan(&key)
 	return key, ignoreNoRows(err)
+}
+
+// keepDevice undoes a device's deletion.
+func (s *store) keepDevice(ctx context.Context, userID id.UserID, deviceID id.DeviceID) error {
+	_, err := s.Exec(ctx, keepDeviceQuery, userID, deviceID)
+	return err
 }
 
 func (s *store) markDevicesDeleted(ctx context.Context, userID id.UserID) error {
@@ -347,7 +364,7 @@ const (
 	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event FROM sendertrust_inbox WHERE event IS NOT NULL AND seq>$1 ORDER BY seq LIMIT $2`
 	markHandledQuery = `UPDATE sendertrust_inbox SET event=NULL WHERE event_id=$1`
 	pruneInboxQuery  = `DELETE FROM sendertrust_inbox WHERE event IS NULL AND received_at_ms<$1`
-	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox`
+	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox WHERE event IS NOT NULL`
 )
 
 // inboxEvent is a room event that handlers have yet to see.

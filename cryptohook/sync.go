@@ -96,6 +96,10 @@ func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed [
 	for _, evt := range resp.ToDevice.Events {
 		log := h.log.With().Stringer("sender", evt.Sender).Str("to_device_type", evt.Type.Type).Logger()
 		ctx := log.WithContext(ctx)
+		if evt.ToUserID != "" && (evt.ToUserID != h.client.UserID || evt.ToDeviceID != h.client.DeviceID) {
+			log.Warn().Stringer("to_user_id", evt.ToUserID).Stringer("to_device_id", evt.ToDeviceID).Msg("Ignoring a to-device event for another device")
+			continue
+		}
 		evt.Type.Class = event.ToDeviceEventType
 		if err := evt.Content.ParseRaw(evt.Type); err != nil && !errors.Is(err, event.ErrUnsupportedContentType) {
 			log.Warn().Err(err).Msg("Ignoring a to-device event that cannot be parsed")
@@ -142,15 +146,18 @@ func (s *syncer) takeRoomEvents(ctx context.Context, resp *mautrix.RespSync, sin
 	h := s.hook
 	now := h.clock()
 	for roomID, room := range resp.Rooms.Join {
-		encrypted, err := h.client.StateStore.IsEncrypted(ctx, roomID)
+		encrypted, err := h.client.StateStore.IsEncrypted(context.WithoutCancel(ctx), roomID)
 		if err != nil {
-			return fmt.Errorf("failed to look up whether %s is encrypted: %w", roomID, err)
+			return h.uow.breakWith(fmt.Errorf("failed to look up whether %s is encrypted: %w", roomID, err))
 		}
 		room.State.Events = h.dropDowngrades(ctx, room.State.Events, &encrypted)
 		if room.StateAfter != nil {
 			room.StateAfter.Events = h.dropDowngrades(ctx, room.StateAfter.Events, &encrypted)
 		}
-		missed := h.fetchGap(ctx, roomID, room, since)
+		missed, err := h.fetchGap(ctx, roomID, room, since)
+		if err != nil {
+			return err
+		}
 		timeline := sinceJoining(h.client.UserID, append(missed, room.Timeline.Events...))
 		state := make([]*event.Event, 0, len(room.Timeline.Events))
 		for i, evt := range timeline {
@@ -180,28 +187,31 @@ const (
 )
 
 // fetchGap gets what a /sync left out between its timeline and the one before: after a long pause the server sends the newest
-// events only. It gives up after 1,000 events a room, or when the server does not answer, and says so.
-func (h *Hook) fetchGap(ctx context.Context, roomID id.RoomID, room *mautrix.SyncJoinedRoom, since string) (missed []*event.Event) {
+// events only. It gives up after 1,000 events a room, or when the server does not answer, and says so. The error is the context's
+// end: the next process fetches the gap.
+func (h *Hook) fetchGap(ctx context.Context, roomID id.RoomID, room *mautrix.SyncJoinedRoom, since string) (missed []*event.Event, err error) {
 	if !room.Timeline.Limited || since == "" || joinedIn(h.client.UserID, room.Timeline.Events) >= 0 {
-		return nil
+		return nil, nil
 	}
 	log := h.log.With().Stringer("room_id", roomID).Logger()
 	from := room.Timeline.PrevBatch
 	for range gapPages {
 		page, err := h.client.Messages(ctx, roomID, from, since, mautrix.DirectionBackward, nil, gapPage)
-		if err != nil {
+		if ctx.Err() != nil {
+			return nil, ctx.Err()
+		} else if err != nil {
 			log.Err(err).Int("found", len(missed)).Msg("Failed to fetch all messages that came during a long pause; some may stay unanswered")
-			return missed
+			return missed, nil
 		}
 		slices.Reverse(page.Chunk)
 		missed = append(page.Chunk, missed...)
 		if page.End == "" || len(page.Chunk) == 0 || joinedIn(h.client.UserID, page.Chunk) >= 0 {
-			return missed
+			return missed, nil
 		}
 		from = page.End
 	}
 	log.Warn().Int("found", len(missed)).Msg("Too many messages came during a long pause; the oldest stay unanswered")
-	return missed
+	return missed, nil
 }
 
 // dropDowngrades leaves out m.room.encryption events that would switch encryption off: that is not possible in Matrix, and

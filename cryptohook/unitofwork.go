@@ -70,8 +70,10 @@ type stagedAccount struct {
 // olmRecord is an Olm session known to the store. The times are copies, for the session's own may change under olmLock while
 // others sort by them.
 type olmRecord struct {
-	senderKey                     id.SenderKey
-	session                       *crypto.OlmSession
+	senderKey id.SenderKey
+	session   *crypto.OlmSession
+	// sessionID was worked out by session.ID() before anybody else had the session: that remembers it, without a lock.
+	sessionID                     id.SessionID
 	created, encrypted, decrypted time.Time
 	pickle                        []byte // the newest state, while it waits to be written
 }
@@ -104,6 +106,8 @@ const (
 	receivingKey contextKey = iota
 	// decryptingKey marks the context of a room event that is being decrypted.
 	decryptingKey
+	// disputedKey marks the context of a room event whose session several devices claim.
+	disputedKey
 )
 
 func withReceiving(ctx context.Context) context.Context {
@@ -114,6 +118,10 @@ func withDecrypting(ctx context.Context) context.Context {
 	return context.WithValue(ctx, decryptingKey, true)
 }
 func isDecrypting(ctx context.Context) bool { return ctx.Value(decryptingKey) != nil }
+func withDisputed(ctx context.Context) context.Context {
+	return context.WithValue(ctx, disputedKey, true)
+}
+func isDisputed(ctx context.Context) bool { return ctx.Value(disputedKey) != nil }
 
 func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 	u := &unitOfWork{
@@ -231,7 +239,7 @@ func (u *unitOfWork) writeAll(ctx context.Context) error {
 		return err
 	}
 	for _, record := range u.dirtyOlm {
-		_, err := u.DB.Exec(ctx, upsertOlmSessionQuery, record.session.ID(), record.senderKey, record.pickle, record.created, record.encrypted, record.decrypted, u.AccountID)
+		_, err := u.DB.Exec(ctx, upsertOlmSessionQuery, record.sessionID, record.senderKey, record.pickle, record.created, record.encrypted, record.decrypted, u.AccountID)
 		if err != nil {
 			return fmt.Errorf("failed to store an Olm session: %w", err)
 		}
@@ -297,20 +305,37 @@ func (u *unitOfWork) records(ctx context.Context, senderKey id.SenderKey) ([]*ol
 	if records, loaded := u.olm[senderKey]; loaded {
 		return records, nil
 	}
-	sessions, err := u.SQLCryptoStore.GetSessions(ctx, senderKey)
+	rows, err := u.DB.Query(ctx, getOlmSessionsQuery, senderKey, u.AccountID)
+	sessions, err := dbutil.NewRowIterWithError(rows, u.scanOlmSession, err).AsList()
 	if err != nil {
-		return nil, u.fail(ctx, err)
+		return nil, u.fail(ctx, fmt.Errorf("failed to read the Olm sessions with %s: %w", senderKey, err))
 	}
 	records := make([]*olmRecord, len(sessions))
 	for i, session := range sessions {
 		records[i] = &olmRecord{
-			senderKey: senderKey, session: session,
+			senderKey: senderKey, session: session, sessionID: session.ID(),
 			created: session.CreationTime, encrypted: session.LastEncryptedTime, decrypted: session.LastDecryptedTime,
 		}
 		u.byPointer[session] = records[i]
 	}
 	u.olm[senderKey] = records
 	return records, nil
+}
+
+// mautrix's own GetSessions takes rows that it fails to read for rows that are not there, and a peer without sessions is
+// remembered as such.
+const getOlmSessionsQuery = `
+	SELECT session, created_at, last_encrypted, last_decrypted FROM crypto_olm_session
+	WHERE sender_key=$1 AND account_id=$2
+`
+
+func (u *unitOfWork) scanOlmSession(row dbutil.Scannable) (*crypto.OlmSession, error) {
+	session := &crypto.OlmSession{Internal: olm.NewBlankSession()}
+	var pickle []byte
+	if err := row.Scan(&pickle, &session.CreationTime, &session.LastEncryptedTime, &session.LastDecryptedTime); err != nil {
+		return nil, err
+	}
+	return session, session.Internal.Unpickle(pickle, u.PickleKey)
 }
 
 func (u *unitOfWork) HasSession(ctx context.Context, senderKey id.SenderKey) bool {
@@ -369,7 +394,7 @@ func (u *unitOfWork) AddSession(ctx context.Context, senderKey id.SenderKey, ses
 	if err != nil {
 		return err
 	}
-	record := &olmRecord{senderKey: senderKey, session: session, created: session.CreationTime}
+	record := &olmRecord{senderKey: senderKey, session: session, sessionID: session.ID(), created: session.CreationTime}
 	u.stageRatchet(record, pickle)
 	u.olm[senderKey] = append(records, record)
 	u.byPointer[session] = record
@@ -426,8 +451,33 @@ func (u *unitOfWork) GetGroupSession(ctx context.Context, roomID id.RoomID, sess
 		return u.copyGroup(staged)
 	}
 	session, err := u.SQLCryptoStore.GetGroupSession(ctx, roomID, sessionID)
+	if session == nil && err == nil && isDecrypting(ctx) {
+		session, err = u.claimedGroupSession(ctx, roomID, sessionID)
+	}
 	if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
 		err = u.failLocked(ctx, fmt.Errorf("%w: %w", errStorage, err))
+	}
+	return session, err
+}
+
+const getHoldersRoomQuery = `
+	SELECT held.room_id FROM crypto_megolm_inbound_session held
+	JOIN sendertrust_session claim ON claim.session_id=held.session_id
+	WHERE held.account_id=$1 AND held.session_id=$2 AND held.session IS NOT NULL AND claim.room_id=$3
+	LIMIT 1
+`
+
+// claimedGroupSession gives a session that one device shared for this room and another one, who came first, for another room:
+// mautrix has one place for both.
+func (u *unitOfWork) claimedGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID) (*crypto.InboundGroupSession, error) {
+	var holdersRoom id.RoomID
+	err := u.DB.QueryRow(ctx, getHoldersRoomQuery, u.AccountID, sessionID, roomID).Scan(&holdersRoom)
+	if err != nil {
+		return nil, ignoreNoRows(err)
+	}
+	session, err := u.SQLCryptoStore.GetGroupSession(ctx, holdersRoom, sessionID)
+	if session != nil {
+		session.RoomID = roomID
 	}
 	return session, err
 }
@@ -474,14 +524,14 @@ func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.Inboun
 // PutGroupSession stores a session, and what the way that it came says of its sender. Outside of receiving, that is not an
 // m.room_key: the session is from a backup, an import or a bundle, or it is our own.
 func (u *unitOfWork) PutGroupSession(ctx context.Context, session *crypto.InboundGroupSession) error {
-	switch {
-	case isReceiving(ctx):
-		return u.putGroupSession(ctx, session, func(context.Context) error { return nil })
-	case session.KeySource == id.KeySourceDirect && !u.isOwn(session):
-		return fmt.Errorf("%w: session %s of %s", ErrHookBypassed, session.ID(), session.SenderKey)
+	if isReceiving(ctx) {
+		return u.putGroupSession(ctx, session, nothing)
 	}
 	return u.putOther(ctx, session)
 }
+
+// nothing is the write that writes nothing.
+func nothing(context.Context) error { return nil }
 
 func (u *unitOfWork) isOwn(session *crypto.InboundGroupSession) bool {
 	u.mu.Lock()
@@ -589,6 +639,9 @@ func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.Sess
 	}
 	if known != (indexedEvent{}) {
 		return known == seen, nil
+	} else if isDisputed(ctx) {
+		// Whoever comes first would take the index from whom it belongs to.
+		return true, nil
 	}
 	u.indices[key] = seen
 	u.writes = append(u.writes, func(ctx context.Context) error {

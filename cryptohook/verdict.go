@@ -2,6 +2,7 @@ package cryptohook
 
 import (
 	"fmt"
+	"slices"
 
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
@@ -216,6 +217,8 @@ func (a trustAnchor) verdict(sender id.UserID, sessionID id.SessionID, claims []
 		v.State = a.stateOf(owner.MasterKey, identity)
 	}
 	switch {
+	case len(others) > 0 && !slices.ContainsFunc(claims, func(claim *SenderData) bool { return claim.Sender == "" || claim.Sender == sender }):
+		v.Code, v.Reason = CodeMismatchedSender, ReasonOtherSender
 	case len(others) > 0:
 		v.Code = CodeSessionConflict
 		for _, claim := range claims {

@@ -1,0 +1,285 @@
+package cryptohook
+
+import (
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+
+	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/id"
+)
+
+// everyQuery are the statements of this package, by the names of their constants. A test finds those that are missing here.
+var everyQuery = map[string]string{
+	"getClaimsQuery": getClaimsQuery, "getClaimQuery": getClaimQuery, "getDueQuery": getDueQuery, "getUnprovenOfQuery": getUnprovenOfQuery,
+	"getHoldersRoomQuery": getHoldersRoomQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
+	"getNextRetryQuery": getNextRetryQuery, "upsertSessionQuery": upsertSessionQuery, "rejudgeSessionsQuery": rejudgeSessionsQuery,
+	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
+	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,
+	"upsertDeviceQuery": upsertDeviceQuery,
+	"getHolderQuery":    getHolderQuery, "isTrackedQuery": isTrackedQuery, "getAccountQuery": getAccountQuery, "getTokenQuery": getTokenQuery,
+	"upsertWithheldQuery": upsertWithheldQuery, "getWithheldQuery": getWithheldQuery, "pruneWithheldQuery": pruneWithheldQuery,
+	"insertInboxQuery": insertInboxQuery, "getInboxQuery": getInboxQuery, "markHandledQuery": markHandledQuery, "pruneInboxQuery": pruneInboxQuery,
+	"lastSeqQuery":       lastSeqQuery,
+	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "getMessageIndexQuery": getMessageIndexQuery,
+}
+
+// mayScan are statements on tables that are meant to be tiny: one account a database.
+var mayScan = map[string]bool{"getAccountQuery": true}
+
+var placeholder = regexp.MustCompile(`\$(\d+)`)
+
+func TestEveryStatementUsesAnIndex(t *testing.T) {
+	w := newTrustWorld(t)
+	for name, query := range everyQuery {
+		count := 0
+		for _, match := range placeholder.FindAllStringSubmatch(query, -1) {
+			count = max(count, must(strconv.Atoi(match[1])))
+		}
+		rows, err := w.db.Query(w.ctx, "EXPLAIN QUERY PLAN "+query, make([]any, count)...)
+		plan, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (detail string, err error) {
+			var unused int
+			return detail, row.Scan(&unused, &unused, &unused, &detail)
+		}, err).AsList()
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		for _, detail := range plan {
+			// SQLite says SEARCH of MIN and MAX even where it has to read every row.
+			scan := (strings.HasPrefix(detail, "SCAN ") || strings.HasPrefix(detail, "SEARCH ")) && !strings.Contains(detail, "USING")
+			if !mayScan[name] && (scan || strings.Contains(detail, "TEMP B-TREE FOR ORDER BY") && strings.Contains(query, "LIMIT")) {
+				t.Errorf("%s reads the whole table: %s", name, detail)
+			}
+		}
+	}
+}
+
+func TestEveryStatementIsKnownToTheTest(t *testing.T) {
+	for _, file := range []string{"store.go", "unitofwork.go", "resolver.go", "inbox.go", "sync.go", "roomkey.go", "hook.go", "transport.go"} {
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(parsed, func(node ast.Node) bool {
+			spec, ok := node.(*ast.ValueSpec)
+			if !ok {
+				return true
+			}
+			for i, name := range spec.Names {
+				if strings.HasSuffix(name.Name, "Query") && i < len(spec.Values) && isText(spec.Values[i]) && everyQuery[name.Name] == "" {
+					t.Errorf("%s in %s is not in everyQuery", name.Name, file)
+				}
+			}
+			return true
+		})
+	}
+}
+
+// isText says that an expression is a string, or strings added up.
+func isText(expression ast.Expr) bool {
+	switch e := expression.(type) {
+	case *ast.BasicLit:
+		return e.Kind == token.STRING
+	case *ast.BinaryExpr:
+		return isText(e.X) || isText(e.Y)
+	default:
+		return false
+	}
+}
+
+func TestSchemaBeginsFromNothingAndUpgradesAgain(t *testing.T) {
+	s := newTestStore(t)
+	if err := s.Upgrade(t.Context()); err != nil {
+		t.Errorf("a second upgrade fails: %v", err)
+	}
+	for _, table := range []string{"sendertrust_session", "sendertrust_identity", "sendertrust_device", "sendertrust_inbox", "sendertrust_withheld"} {
+		if exists := must(s.TableExists(t.Context(), table)); !exists {
+			t.Errorf("there is no table %s", table)
+		}
+	}
+	if exists := must(s.TableExists(t.Context(), versionTable)); !exists {
+		t.Error("there is no version table")
+	}
+}
+
+func TestNewerSchemaIsRefused(t *testing.T) {
+	w := newTrustWorld(t)
+	if _, err := w.db.Exec(w.ctx, "UPDATE "+versionTable+" SET version=version+1, compat=version+1"); err != nil {
+		t.Fatal(err)
+	}
+	if err := newStore(w.db, dbutil.NoopLogger).Upgrade(w.ctx); !errors.Is(err, dbutil.ErrUnsupportedDatabaseVersion) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := Install(w.ctx, w.client, w.options); !errors.Is(err, dbutil.ErrUnsupportedDatabaseVersion) {
+		t.Errorf("Install: error %v", err)
+	}
+}
+
+func TestRowsComeBackAsTheyWereStored(t *testing.T) {
+	s, ctx := newTestStore(t), t.Context()
+	for _, sd := range []*SenderData{
+		{
+			SessionID: "s", SenderKey: "k", SigningKey: "e", RoomID: "!r", Sender: "@a:test", Source: SourceDirect, State: StateDeviceInfo,
+			Reason: "why", DeviceID: "D", MasterKey: "M", DeviceKeys: rawJSON(object{"a": 1}), RetryCount: 3,
+			NextRetry: time.UnixMilli(5), ReceivedAt: time.UnixMilli(6), UpdatedAt: time.UnixMilli(7),
+		},
+		{SessionID: "s", SenderKey: "k", Source: SourceBackup, Legacy: true, State: StateUnknownDevice, ReceivedAt: time.UnixMilli(6), UpdatedAt: time.UnixMilli(8)},
+	} {
+		if err := s.putClaim(ctx, sd); err != nil {
+			t.Fatal(err)
+		}
+		got := must(s.claim(ctx, "s", "k"))
+		if string(rawJSON(got)) != string(rawJSON(sd)) {
+			t.Errorf("stored %s\n  read %s", rawJSON(sd), rawJSON(got))
+		}
+	}
+	if missing, err := s.claim(ctx, "s", "other"); missing != nil || err != nil {
+		t.Errorf("read %+v (%v)", missing, err)
+	}
+}
+
+func TestMergedClaimKeepsTheTimeOfTheFirst(t *testing.T) {
+	s, ctx := newTestStore(t), t.Context()
+	first := &SenderData{SessionID: "s", SenderKey: "k", State: StateUnknownDevice, Source: SourceDirect, ReceivedAt: time.UnixMilli(1)}
+	second := &SenderData{SessionID: "s", SenderKey: "k", State: StateSenderUnverified, Source: SourceDirect, ReceivedAt: time.UnixMilli(9)}
+	for _, arrived := range []*SenderData{first, second} {
+		if _, err := s.mergeClaim(ctx, arrived); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := must(s.claim(ctx, "s", "k")); got.State != StateSenderUnverified || got.ReceivedAt.UnixMilli() != 1 {
+		t.Errorf("stored %+v", got)
+	}
+}
+
+func TestPutIdentityJudgesProvenRowsOnly(t *testing.T) {
+	s, ctx := newTestStore(t), t.Context()
+	anchor := trustAnchor{userID: "@bot:test", userSigningKey: "U"}
+	put := func(sessionID id.SessionID, sender id.UserID, state State, masterKey id.Ed25519) {
+		t.Helper()
+		if err := s.putClaim(ctx, &SenderData{SessionID: sessionID, SenderKey: "k", Sender: sender, State: state, MasterKey: masterKey}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("today", "@a:test", StateSenderUnverified, "M2")
+	put("earlier", "@a:test", StateSenderVerified, "M1")
+	put("device", "@a:test", StateDeviceInfo, "")
+	put("unknown", "@a:test", StateUnknownDevice, "")
+	put("rejected", "@a:test", StateRejected, "")
+	put("other user", "@b:test", StateSenderUnverified, "M2")
+	check := func(when string, want map[id.SessionID]State) {
+		t.Helper()
+		for sessionID, state := range want {
+			if got := must(s.claim(ctx, sessionID, "k")); got.State != state {
+				t.Errorf("%s: %s is %s, want %s", when, sessionID, got.State, state)
+			}
+		}
+	}
+	untouched := map[id.SessionID]State{
+		"device": StateDeviceInfo, "unknown": StateUnknownDevice, "rejected": StateRejected, "other user": StateSenderUnverified,
+	}
+	identity := &Identity{UserID: "@a:test", MasterKey: "M2", FirstMasterKey: "M1", VerifiedBy: "U", WasVerified: true}
+	for _, step := range []struct {
+		when           string
+		change         func()
+		today, earlier State
+	}{
+		{"verified", func() {}, StateSenderVerified, StateSenderUnverified},
+		{"withdrawn", func() { identity.VerifiedBy = "" }, StateVerificationViolation, StateVerificationViolation},
+		{"verified again", func() { identity.VerifiedBy = "U" }, StateSenderVerified, StateSenderUnverified},
+		{"reset", func() { identity.MasterKey, identity.VerifiedBy = "M3", "" }, StateVerificationViolation, StateVerificationViolation},
+	} {
+		step.change()
+		if err := s.putIdentity(ctx, identity, anchor, time.Now()); err != nil {
+			t.Fatal(err)
+		}
+		check(step.when, untouched)
+		check(step.when, map[id.SessionID]State{"today": step.today, "earlier": step.earlier})
+	}
+}
+
+func TestHandledEventsAreForgottenAndPendingOnesAreNot(t *testing.T) {
+	s, ctx := newTestStore(t), t.Context()
+	for i, eventID := range []id.EventID{"$handled", "$pending", "$young"} {
+		e := &inboxEvent{eventID: eventID, seq: int64(i + 1), roomID: "!r", receivedAt: time.UnixMilli(int64(i)), event: "{}"}
+		if err := s.putInboxEvent(ctx, e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, eventID := range []id.EventID{"$handled", "$young"} {
+		if err := s.markHandled(ctx, eventID); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.prune(ctx, time.UnixMilli(2)); err != nil {
+		t.Fatal(err)
+	}
+	var left string
+	if err := s.QueryRow(ctx, "SELECT group_concat(event_id, ' ') FROM (SELECT event_id FROM sendertrust_inbox ORDER BY seq)").Scan(&left); err != nil {
+		t.Fatal(err)
+	}
+	if left != "$pending $young" {
+		t.Errorf("left: %s", left)
+	}
+	if pending := must(s.pendingInbox(ctx, 0, 10)); len(pending) != 1 || pending[0].eventID != "$pending" {
+		t.Errorf("pending: %v", pending)
+	}
+}
+
+// The numbers of the inbox go on after a restart, or new events would come before those that wait.
+func TestInboxNumbersGoOnAfterARestart(t *testing.T) {
+	w, _, _ := twoPeople(t)
+	say := func(body string) object {
+		return w.roomEvent("@alice:test", "m.room.message", object{"msgtype": "m.text", "body": body})
+	}
+	w.sync(syncPart{timeline: []object{say("one"), say("two")}})
+	w.restart()
+	w.sync(syncPart{timeline: []object{say("three")}})
+	w.handle()
+	if len(w.seen) != 3 || w.seen[0].body != "one" || w.seen[1].body != "two" || w.seen[2].body != "three" {
+		t.Errorf("seen %+v", w.seen)
+	}
+}
+
+func otherClient(userID id.UserID, deviceID id.DeviceID) *mautrix.Client {
+	client := must(mautrix.NewClient("http://server.test", userID, "token"))
+	client.DeviceID = deviceID
+	return client
+}
+
+func TestDatabaseOfAnotherAccountOrDeviceIsRefused(t *testing.T) {
+	w := newTrustWorld(t)
+	for _, tc := range []struct {
+		userID   id.UserID
+		deviceID id.DeviceID
+		want     error
+	}{
+		{"@other:test", "BOTDEVICE", ErrOtherAccount}, {"@bot:test", "OTHER", ErrOtherDevice},
+	} {
+		if _, err := Install(w.ctx, otherClient(tc.userID, tc.deviceID), w.options); !errors.Is(err, tc.want) {
+			t.Errorf("error %v, want %v", err, tc.want)
+		}
+	}
+	options := w.options
+	options.PickleKey = []byte("another")
+	if _, err := Install(w.ctx, otherClient("@bot:test", "BOTDEVICE"), options); !errors.Is(err, ErrPickleKey) {
+		t.Errorf("error %v, want %v", err, ErrPickleKey)
+	}
+	if _, err := Install(w.ctx, otherClient("@bot:test", ""), w.options); !errors.Is(err, ErrNotLoggedIn) {
+		t.Errorf("error %v, want %v", err, ErrNotLoggedIn)
+	}
+	if deviceID, err := StoredDevice(w.ctx, w.db, "@bot:test"); deviceID != "BOTDEVICE" || err != nil {
+		t.Errorf("device %q (%v)", deviceID, err)
+	}
+	if _, err := StoredDevice(w.ctx, w.db, "@other:test"); !errors.Is(err, ErrOtherAccount) {
+		t.Errorf("error %v, want %v", err, ErrOtherAccount)
+	}
+}
