@@ -17,6 +17,10 @@
 //	})
 //	return hook.Run(ctx)
 //
+// Before Run, the machine ([Hook.Machine]) should be given the account's cross-signing keys, for example by mautrix's
+// VerifyWithRecoveryKey once the device's keys are published: nobody is ever verified without an identity of our own that vouches for
+// them.
+//
 // # What it proves
 //
 // [CodeVerified] means: the message was encrypted in a session that a device made whose keys are signed by the sender's

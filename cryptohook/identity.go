@@ -44,7 +44,8 @@ const (
 )
 
 // judge says whether the user's identity is verified now, by our user-signing key's signature on today's master key. A pin
-// to another key outranks any signature.
+// to another key outranks any signature. A verification that we withdraw is no violation; a master key that we have not verified,
+// in the place of one that we had, is.
 func (a trustAnchor) judge(identity *Identity) standing {
 	if identity == nil || identity.MasterKey == "" {
 		return standingUnverified
@@ -65,6 +66,9 @@ func (a trustAnchor) judge(identity *Identity) standing {
 		return standingViolation
 	case a.userSigningKey != "" && identity.VerifiedBy == a.userSigningKey:
 		return standingVerified
+	case identity.VerifiedBy != "":
+		// It is still the master key that was verified. We have given up the key that we signed it with.
+		return standingUnverified
 	case identity.WasVerified:
 		return standingViolation
 	default:

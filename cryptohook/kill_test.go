@@ -77,7 +77,8 @@ func childMain(rawPlan []byte) error {
 	if err != nil {
 		return err
 	}
-	note := func(line logLine) { must(log.Write(append(rawJSON(line), '\n'))) }
+	// The line may be torn when the process is killed. The next process begins a new one.
+	note := func(line logLine) { must(fmt.Fprintf(log, "\n%s\n", rawJSON(line))) }
 	bot := &actor{
 		userID: receiverUser, master: must(olm.NewPKSigningFromSeed(s.Seeds[0])),
 		selfSigning: must(olm.NewPKSigningFromSeed(s.Seeds[1])), userSigning: must(olm.NewPKSigningFromSeed(s.Seeds[2])),
@@ -287,13 +288,15 @@ func (k *killing) verify(database, log string) error {
 		return err
 	}
 	var seen []wantedEvent
-	lines := json.NewDecoder(file)
-	for {
+	lines, torn := bufio.NewScanner(file), 0
+	lines.Buffer(nil, 1<<20)
+	for lines.Scan() {
 		var line logLine
-		if err = lines.Decode(&line); errors.Is(err, io.EOF) {
-			break
-		} else if err != nil {
-			return fmt.Errorf("the log: %w", err)
+		if len(lines.Bytes()) == 0 {
+			continue
+		} else if err = json.Unmarshal(lines.Bytes(), &line); err != nil {
+			torn++
+			continue
 		}
 		if line.Seen != nil {
 			seen = append(seen, *line.Seen)
@@ -303,6 +306,9 @@ func (k *killing) verify(database, log string) error {
 			return fmt.Errorf("message %d: %w", k.sent, err)
 		}
 		k.sent++
+	}
+	if err = lines.Err(); err != nil || torn > k.killed {
+		return fmt.Errorf("the log has %d torn lines: %w", torn, err)
 	}
 	r.onEvent(func(event wantedEvent) { seen = append(seen, event) })
 	handleErr := r.handleAll(ctx)

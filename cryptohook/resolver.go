@@ -102,8 +102,10 @@ func (r *resolver) run(ctx context.Context) {
 	}
 }
 
-// begin takes up what a former process left: outdated device lists, and pins that are not signed yet.
+// begin takes up what a former process left: outdated device lists, and pins that are not signed yet. What our own account
+// publishes is always asked for: what we send is judged by it, too.
 func (r *resolver) begin(ctx context.Context) error {
+	r.ask(r.hook.client.UserID)
 	for userID := range r.hook.options.VerifiedUsers {
 		r.ask(userID)
 	}

@@ -1,12 +1,14 @@
 package cryptohook
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.mau.fi/util/dbutil"
@@ -173,8 +175,8 @@ const (
 			verified_by=excluded.verified_by, was_verified=excluded.was_verified, updated_at_ms=excluded.updated_at_ms
 	`
 	getDevicesByKeyQuery = `
-		SELECT signing_key, device_keys FROM sendertrust_device
-		WHERE user_id=$1 AND identity_key=$2 AND deleted=false ORDER BY device_id
+		SELECT device_id, signing_key, device_keys FROM sendertrust_device
+		WHERE user_id=$1 AND identity_key=$2 AND deleted=false
 	`
 	getSigningKeyQuery = `SELECT signing_key FROM sendertrust_device WHERE user_id=$1 AND device_id=$2 AND deleted=false`
 	deleteDevicesQuery = `UPDATE sendertrust_device SET deleted=true WHERE user_id=$1`
@@ -220,22 +222,30 @@ func (s *store) deviceByKey(ctx context.Context, userID id.UserID, senderKey id.
 	if err != nil {
 		return nil, fmt.Errorf("failed to read the devices of %s: %w", userID, err)
 	}
-	var found json.RawMessage
-	err = dbutil.NewRowIter(rows, func(row dbutil.Scannable) (d cachedDevice, err error) {
-		return d, row.Scan(&d.signingKey, &d.keys)
-	}).Iter(func(device cachedDevice) (bool, error) {
-		if found == nil || device.signingKey == signingKey {
-			found = json.RawMessage(device.keys)
-		}
-		return device.signingKey != signingKey, nil
-	})
+	devices, err := dbutil.NewRowIter(rows, func(row dbutil.Scannable) (d cachedDevice, err error) {
+		return d, row.Scan(&d.deviceID, &d.signingKey, &d.keys)
+	}).AsList()
 	if err != nil {
 		return nil, fmt.Errorf("failed to read the devices of %s: %w", userID, err)
 	}
-	return found, nil
+	if len(devices) == 0 {
+		return nil, nil
+	}
+	// More than one is a device's copy of another one's key. Only one of them can have signed the session.
+	best := slices.MinFunc(devices, func(a, b cachedDevice) int {
+		switch {
+		case a.signingKey == signingKey && b.signingKey != signingKey:
+			return -1
+		case a.signingKey != signingKey && b.signingKey == signingKey:
+			return 1
+		}
+		return cmp.Compare(a.deviceID, b.deviceID)
+	})
+	return json.RawMessage(best.keys), nil
 }
 
 type cachedDevice struct {
+	deviceID   id.DeviceID
 	signingKey id.Ed25519
 	keys       string
 }
