@@ -344,7 +344,7 @@ func (s *story) goOn(ctx context.Context, r *receiver, net *network, readers map
 	}
 	for _, key := range keys {
 		if stored, err := r.uow.GetGroupSession(ctx, storyRoom, key.id()); err != nil || stored == nil {
-			return fmt.Errorf("an answer is LOST: %w", err)
+			return fmt.Errorf("an answer is LOST (error %v)", err)
 		}
 	}
 	return nil

@@ -261,11 +261,12 @@ func (u *unitOfWork) Flush(ctx context.Context) error { return u.flush(ctx) }
 // PutAccount stages the account while a message is received: it lacks the one-time keys of the Olm sessions that are staged
 // with it. At any other time it is durable when PutAccount returns, since one-time keys are uploaded right after.
 func (u *unitOfWork) PutAccount(ctx context.Context, account *crypto.OlmAccount) error {
+	u.mu.Lock()
 	pickle, err := account.Internal.Pickle(u.PickleKey)
 	if err != nil {
-		return err
+		defer u.mu.Unlock()
+		return u.fail(ctx, err)
 	}
-	u.mu.Lock()
 	u.Account = account
 	u.account = &stagedAccount{pickle: pickle, shared: account.Shared, keyBackupVersion: account.KeyBackupVersion}
 	u.mu.Unlock()
@@ -402,19 +403,21 @@ func (u *unitOfWork) AddSession(ctx context.Context, senderKey id.SenderKey, ses
 }
 
 // UpdateSession stages an Olm session's new state. mautrix calls it with its Olm lock held, so pickling here, and not when
-// flushing, is safe.
-func (u *unitOfWork) UpdateSession(ctx context.Context, _ id.SenderKey, session *crypto.OlmSession) error {
+// flushing, is safe. mautrix only logs an error, and would send what it has encrypted: so an error breaks the unit of work.
+func (u *unitOfWork) UpdateSession(_ context.Context, _ id.SenderKey, session *crypto.OlmSession) error {
 	pickle, err := session.Internal.Pickle(u.PickleKey)
 	if err != nil {
-		return u.failLocked(ctx, err)
+		return u.breakWith(err)
 	}
 	u.mu.Lock()
-	defer u.mu.Unlock()
 	record := u.byPointer[session]
-	if record == nil {
-		return u.fail(ctx, fmt.Errorf("the Olm session %s was not loaded from this store", session.ID()))
+	if record != nil {
+		u.stageRatchet(record, pickle)
 	}
-	u.stageRatchet(record, pickle)
+	u.mu.Unlock()
+	if record == nil {
+		return u.breakWith(fmt.Errorf("the Olm session %s was not loaded from this store", session.ID()))
+	}
 	return nil
 }
 
@@ -435,9 +438,7 @@ func (u *unitOfWork) stageRatchet(record *olmRecord, pickle []byte) {
 func (u *unitOfWork) DeleteSession(_ context.Context, senderKey id.SenderKey, session *crypto.OlmSession) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	isDeleted := func(record *olmRecord) bool { return record.session == session }
-	u.olm[senderKey] = slices.DeleteFunc(u.olm[senderKey], isDeleted)
-	u.dirtyOlm = slices.DeleteFunc(u.dirtyOlm, isDeleted)
+	u.olm[senderKey] = slices.DeleteFunc(u.olm[senderKey], func(record *olmRecord) bool { return record.session == session })
 	delete(u.byPointer, session)
 	u.writes = append(u.writes, func(ctx context.Context) error {
 		return u.SQLCryptoStore.DeleteSession(ctx, senderKey, session)
@@ -550,13 +551,20 @@ func (u *unitOfWork) forget(matches func(*crypto.InboundGroupSession) bool) {
 	}
 }
 
-// RedactGroupSession stages the redaction: mautrix may call it with the Megolm decrypt lock held.
-func (u *unitOfWork) RedactGroupSession(_ context.Context, roomID id.RoomID, sessionID id.SessionID, reason string) error {
-	u.forget(func(session *crypto.InboundGroupSession) bool { return session.ID() == sessionID })
-	u.stage(func(ctx context.Context) error {
+// RedactGroupSession takes the key away at once, and again after what is staged. It waits for nobody: mautrix may call it with the
+// Megolm decrypt lock held.
+func (u *unitOfWork) RedactGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID, reason string) error {
+	redact := func(ctx context.Context) error {
 		return u.SQLCryptoStore.RedactGroupSession(ctx, roomID, sessionID, reason)
-	})
-	return nil
+	}
+	if isReceiving(ctx) || u.stagedGroup(sessionID) != nil {
+		u.forget(func(session *crypto.InboundGroupSession) bool { return session.ID() == sessionID })
+		u.stage(redact)
+	}
+	if isReceiving(ctx) {
+		return nil
+	}
+	return redact(ctx)
 }
 
 func (u *unitOfWork) RedactGroupSessions(ctx context.Context, roomID id.RoomID, senderKey id.SenderKey, reason string) (redacted []id.SessionID, err error) {
