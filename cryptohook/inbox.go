@@ -3,15 +3,11 @@ package cryptohook
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"runtime/debug"
 	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
-	"maunium.net/go/mautrix/crypto"
-	"maunium.net/go/mautrix/crypto/olm"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 )
@@ -41,13 +37,12 @@ type roomInbox struct {
 }
 
 const (
-	roomsAtOnce  = 8
-	heldAtMost   = 1000
-	loadAtOnce   = 200
-	keepHandled  = 7 * 24 * time.Hour
-	pruneEvery   = time.Hour
-	identityWait = 5 * time.Second
-	flushRetry   = time.Second
+	roomsAtOnce = 8
+	heldAtMost  = 1000
+	loadAtOnce  = 200
+	keepHandled = 7 * 24 * time.Hour
+	pruneEvery  = time.Hour
+	flushRetry  = time.Second
 )
 
 func newInbox(hook *Hook) *inbox {
@@ -271,159 +266,4 @@ func (e *inboxEvent) parse() (*event.Event, error) {
 		evt.Content.Parsed = nil
 	}
 	return &evt, nil
-}
-
-// judge gives the event for the handler, decrypted if it can and may be, with its verdict; or how long to wait at most.
-func (h *Hook) judge(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *event.Event, v Verdict, wait time.Duration, err error) {
-	switch {
-	case evt.Type != event.EventEncrypted && e.roomEncrypted:
-		v.Code = CodeSentInClear
-	case evt.Type != event.EventEncrypted:
-		v.Code = CodeNotEncrypted
-	case evt.Content.Parsed == nil:
-		v.Code, v.Reason = CodeUnableToDecrypt, ReasonMalformed
-	default:
-		return h.judgeEncrypted(ctx, e, evt)
-	}
-	v.EventID = e.eventID
-	return evt, v, 0, nil
-}
-
-func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *event.Event, v Verdict, wait time.Duration, err error) {
-	sessionID := evt.Content.AsEncrypted().SessionID
-	claims, err := h.store.claims(ctx, sessionID)
-	if err != nil {
-		return nil, v, 0, err
-	}
-	claims = livingClaims(claims)
-	now := h.clock()
-	awaits, err := h.awaitsKeys(ctx, claims)
-	if err != nil {
-		return nil, v, 0, err
-	}
-	// Whoever claims the session again and again does not hold its messages up.
-	left := min(identityWait-now.Sub(e.complete(claims)), h.options.KeyWait+identityWait-now.Sub(e.receivedAt))
-	if awaits && left > 0 {
-		return nil, v, left, nil
-	}
-	var identity *Identity
-	if len(claims) > 0 {
-		if identity, err = h.store.identity(ctx, claims[0].Sender); err != nil {
-			return nil, v, 0, err
-		}
-	}
-	v = h.anchor().verdict(evt.Sender, sessionID, claims, identity)
-	v.EventID = e.eventID
-	v.Outdated = awaits
-	if v.Code == CodeSessionRejected || v.Code == CodeMismatchedSender {
-		// What somebody else sends on is not decrypted: it must not use up the message index of the original.
-		v.ContentWithheld = true
-		return evt, v, 0, nil
-	}
-	if v.Code == CodeSessionConflict {
-		ctx = withDisputed(ctx)
-	}
-	decrypted, err := h.decrypt(ctx, evt)
-	if err != nil {
-		code, reason, final, known := classify(err)
-		if !known {
-			return nil, v, 0, err
-		}
-		if reason == ReasonUnknownSession {
-			withheld, err := h.store.withheld(ctx, sessionID, evt.Sender)
-			if err != nil {
-				return nil, v, 0, err
-			}
-			if withheld != "" {
-				reason, final = string(withheld), finalWithheld[withheld]
-			}
-		}
-		if left := h.options.KeyWait - now.Sub(e.receivedAt); !final && left > 0 {
-			return nil, v, left, nil
-		}
-		zerolog.Ctx(ctx).Debug().Err(err).Msg("Failed to decrypt an event")
-		v.Code, v.Reason = code, reason
-		if len(claims) == 0 {
-			v.State, v.Legacy = "", false
-		}
-		return evt, v, 0, nil
-	}
-	if !h.options.Requirement.allows(v) {
-		v.ContentWithheld = true
-		return evt, v, 0, nil
-	}
-	decrypted.Mautrix.EventSource |= event.SourceDecrypted
-	return decrypted, v, 0, nil
-}
-
-var errUnbearable = errors.New("mautrix cannot bear the payload")
-
-// decrypt shields us from mautrix 0.31, which panics at a Megolm payload that is the JSON null: a member could end the process
-// with one message, again and again.
-func (h *Hook) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.Event, err error) {
-	defer func() {
-		if reason := recover(); reason != nil {
-			err = fmt.Errorf("%w: %v", errUnbearable, reason)
-		}
-	}()
-	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
-}
-
-// complete is when the event and its key were both there: the time that a sender's keys may take counts from then.
-func (e *inboxEvent) complete(claims []*SenderData) time.Time {
-	complete := e.receivedAt
-	for _, claim := range claims {
-		if claim.ReceivedAt.After(complete) {
-			complete = claim.ReceivedAt
-		}
-	}
-	return complete
-}
-
-// awaitsKeys says that the sender's keys are being asked for, or were and nobody answered, so that the verdict may change at once.
-func (h *Hook) awaitsKeys(ctx context.Context, claims []*SenderData) (bool, error) {
-	for _, claim := range claims {
-		if claim.awaitsFirstLook() || h.resolver.pending(claim.Sender) {
-			return true, nil
-		}
-		if claim.Sender == "" || claim.State.proven() {
-			continue
-		}
-		if current, err := h.store.deviceListCurrent(ctx, claim.Sender); err != nil || !current {
-			return true, err
-		}
-	}
-	return false, nil
-}
-
-// finalWithheld are the codes by which a sender says that the key will not come.
-// https://spec.matrix.org/v1.16/client-server-api/#mroom_keywithheld
-var finalWithheld = map[event.RoomKeyWithheldCode]bool{
-	event.RoomKeyWithheldBlacklisted:  true,
-	event.RoomKeyWithheldUnverified:   true,
-	event.RoomKeyWithheldUnauthorized: true,
-}
-
-// classify says what a failed decryption means: a code and its reason, and whether a key that comes later cannot change it.
-// Errors that it does not know are the store's.
-func classify(err error) (code Code, reason string, final, known bool) {
-	switch {
-	case errors.Is(err, crypto.ErrNoSessionFound):
-		return CodeUnableToDecrypt, ReasonUnknownSession, false, true
-	case errors.Is(err, crypto.ErrGroupSessionWithheld):
-		// mautrix has redacted the key, for example since it expired.
-		return CodeUnableToDecrypt, ReasonKeyDeleted, true, true
-	case errors.Is(err, crypto.ErrDuplicateMessageIndex):
-		return CodeMismatchedSender, ReasonReplayed, true, true
-	case errors.Is(err, olm.ErrUnknownMessageIndex):
-		return CodeUnableToDecrypt, ReasonUnknownIndex, false, true
-	case errors.Is(err, crypto.ErrWrongRoom):
-		return CodeUnableToDecrypt, ReasonWrongRoom, true, true
-	case errors.Is(err, crypto.ErrUnsupportedAlgorithm):
-		return CodeUnableToDecrypt, ReasonUnsupportedAlgorithm, true, true
-	case errors.Is(err, errStorage):
-		return "", "", false, false
-	default:
-		return CodeUnableToDecrypt, ReasonMalformed, true, true
-	}
 }

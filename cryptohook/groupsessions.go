@@ -1,0 +1,244 @@
+package cryptohook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/crypto/olm"
+	"maunium.net/go/mautrix/id"
+)
+
+// The inbound Megolm sessions of the unit of work, and the message indices that were used.
+
+// GetGroupSession hands out copies of what is staged, for exporting or decrypting moves a session's ratchet.
+func (u *unitOfWork) GetGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID) (*crypto.InboundGroupSession, error) {
+	if staged := u.stagedGroup(sessionID); staged != nil && staged.RoomID == roomID {
+		return u.copyGroup(staged)
+	}
+	session, err := u.SQLCryptoStore.GetGroupSession(ctx, roomID, sessionID)
+	if session == nil && err == nil && isDecrypting(ctx) {
+		session, err = u.claimedGroupSession(ctx, roomID, sessionID)
+	}
+	if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
+		err = u.failLocked(ctx, fmt.Errorf("%w: %w", errStorage, err))
+	}
+	return session, err
+}
+
+const getHoldersRoomQuery = `
+	SELECT held.room_id FROM crypto_megolm_inbound_session held
+	JOIN sendertrust_session claim ON claim.session_id=held.session_id
+	WHERE held.account_id=$1 AND held.session_id=$2 AND held.session IS NOT NULL AND claim.room_id=$3
+	LIMIT 1
+`
+
+// claimedGroupSession gives a session that one device shared for this room and another one, who came first, for another room:
+// mautrix has one place for both.
+func (u *unitOfWork) claimedGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID) (*crypto.InboundGroupSession, error) {
+	var holdersRoom id.RoomID
+	err := u.DB.QueryRow(ctx, getHoldersRoomQuery, u.AccountID, sessionID, roomID).Scan(&holdersRoom)
+	if err != nil {
+		return nil, ignoreNoRows(err)
+	}
+	session, err := u.SQLCryptoStore.GetGroupSession(ctx, holdersRoom, sessionID)
+	if session != nil {
+		session.RoomID = roomID
+	}
+	return session, err
+}
+
+func (u *unitOfWork) stagedGroup(sessionID id.SessionID) *crypto.InboundGroupSession {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.groups[sessionID]
+}
+
+func (u *unitOfWork) copyGroup(session *crypto.InboundGroupSession) (*crypto.InboundGroupSession, error) {
+	pickle, err := session.Internal.Pickle(u.PickleKey)
+	if err != nil {
+		return nil, err
+	}
+	internal := olm.NewBlankInboundGroupSession()
+	if err = internal.Unpickle(pickle, u.PickleKey); err != nil {
+		return nil, err
+	}
+	copied := *session
+	copied.Internal = internal
+	return &copied, nil
+}
+
+// putGroupSession stages the session while receiving. At any other time it writes at once, its own row only: the caller holds
+// the Megolm decrypt lock and must not wait for the gate.
+func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.InboundGroupSession, with write) error {
+	put := func(ctx context.Context) error {
+		if err := u.SQLCryptoStore.PutGroupSession(ctx, session); err != nil {
+			return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
+		}
+		return with(ctx)
+	}
+	if !isReceiving(ctx) {
+		return u.DB.DoTxn(ctx, nil, put)
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.groups[session.ID()] = session
+	u.writes = append(u.writes, put)
+	return nil
+}
+
+// PutGroupSession stores a session, and what the way that it came says of its sender. Outside of receiving, that is not an
+// m.room_key: the session is from a backup, an import or a bundle, or it is our own.
+func (u *unitOfWork) PutGroupSession(ctx context.Context, session *crypto.InboundGroupSession) error {
+	if isReceiving(ctx) {
+		return u.putGroupSession(ctx, session, nothing)
+	}
+	return u.putOther(ctx, session)
+}
+
+// nothing is the write that writes nothing.
+func nothing(context.Context) error { return nil }
+
+func (u *unitOfWork) isOwn(session *crypto.InboundGroupSession) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return u.Account != nil && session.SenderKey == u.Account.IdentityKey()
+}
+
+// forget drops staged copies of sessions that a statement behind the buffer's back is about to change.
+func (u *unitOfWork) forget(matches func(*crypto.InboundGroupSession) bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for sessionID, session := range u.groups {
+		if matches(session) {
+			delete(u.groups, sessionID)
+		}
+	}
+}
+
+// RedactGroupSession takes the key away at once, and again after what is staged. It waits for nobody: mautrix may call it with the
+// Megolm decrypt lock held.
+func (u *unitOfWork) RedactGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID, reason string) error {
+	redact := func(ctx context.Context) error {
+		return u.SQLCryptoStore.RedactGroupSession(ctx, roomID, sessionID, reason)
+	}
+	if isReceiving(ctx) || u.stagedGroup(sessionID) != nil {
+		u.forget(func(session *crypto.InboundGroupSession) bool { return session.ID() == sessionID })
+		u.stage(redact)
+	}
+	if isReceiving(ctx) {
+		return nil
+	}
+	return redact(ctx)
+}
+
+func (u *unitOfWork) RedactGroupSessions(ctx context.Context, roomID id.RoomID, senderKey id.SenderKey, reason string) (redacted []id.SessionID, err error) {
+	redact := func(ctx context.Context) (err error) {
+		redacted, err = u.SQLCryptoStore.RedactGroupSessions(ctx, roomID, senderKey, reason)
+		return err
+	}
+	u.forget(func(session *crypto.InboundGroupSession) bool {
+		return (roomID == "" || session.RoomID == roomID) && (senderKey == "" || session.SenderKey == senderKey)
+	})
+	if isReceiving(ctx) {
+		u.stage(redact)
+		return nil, nil
+	}
+	err = u.afterFlush(ctx, redact)
+	return redacted, err
+}
+
+func (u *unitOfWork) RedactExpiredGroupSessions(ctx context.Context) (redacted []id.SessionID, err error) {
+	err = u.afterFlush(ctx, func(ctx context.Context) (err error) {
+		redacted, err = u.SQLCryptoStore.RedactExpiredGroupSessions(ctx)
+		return err
+	})
+	return redacted, err
+}
+
+func (u *unitOfWork) RedactOutdatedGroupSessions(ctx context.Context) (redacted []id.SessionID, err error) {
+	err = u.afterFlush(ctx, func(ctx context.Context) (err error) {
+		redacted, err = u.SQLCryptoStore.RedactOutdatedGroupSessions(ctx)
+		return err
+	})
+	return redacted, err
+}
+
+// afterFlush runs a statement that must see everything that is staged.
+func (u *unitOfWork) afterFlush(ctx context.Context, statement write) error {
+	if err := u.flush(ctx); err != nil {
+		return err
+	}
+	return statement(ctx)
+}
+
+func (u *unitOfWork) GetGroupSessionsForRoom(ctx context.Context, roomID id.RoomID) dbutil.RowIter[*crypto.InboundGroupSession] {
+	if err := u.flush(ctx); err != nil {
+		return failedIter(err)
+	}
+	return u.SQLCryptoStore.GetGroupSessionsForRoom(ctx, roomID)
+}
+
+func (u *unitOfWork) GetAllGroupSessions(ctx context.Context) dbutil.RowIter[*crypto.InboundGroupSession] {
+	if err := u.flush(ctx); err != nil {
+		return failedIter(err)
+	}
+	return u.SQLCryptoStore.GetAllGroupSessions(ctx)
+}
+
+func (u *unitOfWork) GetGroupSessionsWithoutKeyBackupVersion(ctx context.Context, version id.KeyBackupVersion) dbutil.RowIter[*crypto.InboundGroupSession] {
+	if err := u.flush(ctx); err != nil {
+		return failedIter(err)
+	}
+	return u.SQLCryptoStore.GetGroupSessionsWithoutKeyBackupVersion(ctx, version)
+}
+
+func failedIter(err error) dbutil.RowIter[*crypto.InboundGroupSession] {
+	return dbutil.NewRowIterWithError[*crypto.InboundGroupSession](nil, nil, err)
+}
+
+type messageIndex struct {
+	sessionID id.SessionID
+	index     uint
+}
+
+type indexedEvent struct {
+	eventID   id.EventID
+	timestamp int64
+}
+
+// ValidateMessageIndex stages what it learns: the first event with an index is the one that has it for ever. The index is
+// flushed before the event is handed on.
+func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.SessionID, eventID id.EventID, index uint, timestamp int64) (bool, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	key, seen := messageIndex{sessionID, index}, indexedEvent{eventID, timestamp}
+	known, staged := u.indices[key]
+	if !staged {
+		var err error
+		if known, err = u.storedIndex(ctx, key); err != nil {
+			return false, fmt.Errorf("%w: %w", errStorage, err)
+		}
+	}
+	if known != (indexedEvent{}) {
+		return known == seen, nil
+	} else if isDisputed(ctx) {
+		// Whoever comes first would take the index from whom it belongs to.
+		return true, nil
+	}
+	u.indices[key] = seen
+	u.writes = append(u.writes, func(ctx context.Context) error {
+		_, err := u.SQLCryptoStore.ValidateMessageIndex(ctx, sessionID, eventID, index, timestamp)
+		return err
+	})
+	return true, nil
+}
+
+const getMessageIndexQuery = `SELECT event_id, timestamp FROM crypto_message_index WHERE session_id=$1 AND "index"=$2`
+
+func (u *unitOfWork) storedIndex(ctx context.Context, key messageIndex) (stored indexedEvent, err error) {
+	err = u.DB.QueryRow(ctx, getMessageIndexQuery, key.sessionID, key.index).Scan(&stored.eventID, &stored.timestamp)
+	return stored, ignoreNoRows(err)
+}

@@ -1,0 +1,177 @@
+package cryptohook
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/crypto/olm"
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+)
+
+// longestIdentityWait is how long a verdict waits for a key query about the sender. After that it is given from what is known.
+const longestIdentityWait = 5 * time.Second
+
+// judge gives the event for the handler, decrypted if it can and may be, with its verdict; or how long to wait at most.
+func (h *Hook) judge(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *event.Event, v Verdict, wait time.Duration, err error) {
+	switch {
+	case evt.Type != event.EventEncrypted && e.roomEncrypted:
+		v.Code = CodeSentInClear
+	case evt.Type != event.EventEncrypted:
+		v.Code = CodeNotEncrypted
+	case evt.Content.Parsed == nil:
+		v.Code, v.Reason = CodeUnableToDecrypt, ReasonMalformed
+	default:
+		return h.judgeEncrypted(ctx, e, evt)
+	}
+	v.EventID = e.eventID
+	return evt, v, 0, nil
+}
+
+// judgeEncrypted judges by the claims on the event's session, once what its sender publishes is known or took too long.
+func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *event.Event, v Verdict, wait time.Duration, err error) {
+	sessionID := evt.Content.AsEncrypted().SessionID
+	claims, err := h.store.claims(ctx, sessionID)
+	if err != nil {
+		return nil, v, 0, err
+	}
+	claims = livingClaims(claims)
+	awaits, err := h.awaitsKeys(ctx, claims)
+	if err != nil {
+		return nil, v, 0, err
+	}
+	if left := h.identityWait(e, claims); awaits && left > 0 {
+		return nil, v, left, nil
+	}
+	var identity *Identity
+	if len(claims) > 0 {
+		if identity, err = h.store.identity(ctx, claims[0].Sender); err != nil {
+			return nil, v, 0, err
+		}
+	}
+	v = h.anchor().verdict(evt.Sender, sessionID, claims, identity)
+	v.EventID, v.Outdated = e.eventID, awaits
+	switch v.Code {
+	case CodeSessionRejected, CodeMismatchedSender:
+		// What somebody else sends on is not decrypted: it must not use up the message index of the original.
+		v.ContentWithheld = true
+		return evt, v, 0, nil
+	case CodeSessionConflict:
+		ctx = withDisputed(ctx)
+	}
+	decrypted, err := h.decrypt(ctx, evt)
+	if err != nil {
+		if len(claims) == 0 {
+			// There is no session, so there is nothing about its sender either.
+			v.State, v.Legacy = "", false
+		}
+		wait, err = h.judgeUndecrypted(ctx, e, evt.Sender, &v, err)
+		return evt, v, wait, err
+	}
+	if !h.options.Requirement.allows(v) {
+		v.ContentWithheld = true
+		return evt, v, 0, nil
+	}
+	decrypted.Mautrix.EventSource |= event.SourceDecrypted
+	return decrypted, v, 0, nil
+}
+
+// judgeUndecrypted puts into the verdict why the event cannot be decrypted, or says how long its key may take.
+func (h *Hook) judgeUndecrypted(ctx context.Context, e *inboxEvent, sender id.UserID, v *Verdict, failure error) (wait time.Duration, err error) {
+	code, reason, final, known := classify(failure)
+	if !known {
+		return 0, failure
+	}
+	if reason == ReasonUnknownSession {
+		withheld, err := h.store.withheld(ctx, v.SessionID, sender)
+		if err != nil {
+			return 0, err
+		}
+		if withheld != "" {
+			reason, final = string(withheld), finalWithheld[withheld]
+		}
+	}
+	if left := h.options.KeyWait - h.clock().Sub(e.receivedAt); !final && left > 0 {
+		return left, nil
+	}
+	zerolog.Ctx(ctx).Debug().Err(failure).Msg("Failed to decrypt an event")
+	v.Code, v.Reason = code, reason
+	return 0, nil
+}
+
+var errUnbearable = errors.New("mautrix cannot bear the payload")
+
+// decrypt shields us from mautrix 0.31, which panics at a Megolm payload that is the JSON null: a member could end the process
+// with one message, again and again.
+func (h *Hook) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.Event, err error) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			err = fmt.Errorf("%w: %v", errUnbearable, reason)
+		}
+	}()
+	return h.mach.DecryptMegolmEvent(withDecrypting(ctx), evt)
+}
+
+// identityWait is how much longer what the sender publishes may take: it counts from when the event and its key were both there.
+// Whoever claims the session again and again does not hold its messages up.
+func (h *Hook) identityWait(e *inboxEvent, claims []*SenderData) time.Duration {
+	now, complete := h.clock(), e.receivedAt
+	for _, claim := range claims {
+		if claim.ReceivedAt.After(complete) {
+			complete = claim.ReceivedAt
+		}
+	}
+	return min(longestIdentityWait-now.Sub(complete), h.options.KeyWait+longestIdentityWait-now.Sub(e.receivedAt))
+}
+
+// awaitsKeys says that the sender's keys are being asked for, or were and nobody answered, so that the verdict may change at once.
+func (h *Hook) awaitsKeys(ctx context.Context, claims []*SenderData) (bool, error) {
+	for _, claim := range claims {
+		if claim.awaitsFirstLook() || h.resolver.pending(claim.Sender) {
+			return true, nil
+		}
+		if claim.Sender == "" || claim.State.proven() {
+			continue
+		}
+		if current, err := h.store.deviceListCurrent(ctx, claim.Sender); err != nil || !current {
+			return true, err
+		}
+	}
+	return false, nil
+}
+
+// finalWithheld are the codes by which a sender says that the key will not come.
+// https://spec.matrix.org/v1.16/client-server-api/#mroom_keywithheld
+var finalWithheld = map[event.RoomKeyWithheldCode]bool{
+	event.RoomKeyWithheldBlacklisted:  true,
+	event.RoomKeyWithheldUnverified:   true,
+	event.RoomKeyWithheldUnauthorized: true,
+}
+
+// classify says what a failed decryption means: a code and its reason, and whether a key that comes later cannot change it.
+// Errors that it does not know are the store's.
+func classify(err error) (code Code, reason string, final, known bool) {
+	switch {
+	case errors.Is(err, crypto.ErrNoSessionFound):
+		return CodeUnableToDecrypt, ReasonUnknownSession, false, true
+	case errors.Is(err, crypto.ErrGroupSessionWithheld):
+		// mautrix has redacted the key, for example since it expired.
+		return CodeUnableToDecrypt, ReasonKeyDeleted, true, true
+	case errors.Is(err, crypto.ErrDuplicateMessageIndex):
+		return CodeMismatchedSender, ReasonReplayed, true, true
+	case errors.Is(err, olm.ErrUnknownMessageIndex):
+		return CodeUnableToDecrypt, ReasonUnknownIndex, false, true
+	case errors.Is(err, crypto.ErrWrongRoom):
+		return CodeUnableToDecrypt, ReasonWrongRoom, true, true
+	case errors.Is(err, crypto.ErrUnsupportedAlgorithm):
+		return CodeUnableToDecrypt, ReasonUnsupportedAlgorithm, true, true
+	case errors.Is(err, errStorage):
+		return "", "", false, false
+	default:
+		return CodeUnableToDecrypt, ReasonMalformed, true, true
+	}
+}

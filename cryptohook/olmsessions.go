@@ -1,0 +1,172 @@
+package cryptohook
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"time"
+
+	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/crypto/olm"
+	"maunium.net/go/mautrix/id"
+)
+
+// The Olm sessions of the unit of work: all of a device's are in memory once one of them was asked for.
+
+// olmRecord is an Olm session known to the store. The times are copies, for the session's own may change under olmLock while
+// others sort by them.
+type olmRecord struct {
+	senderKey id.SenderKey
+	session   *crypto.OlmSession
+	// sessionID was worked out by session.ID() before anybody else had the session: that remembers it, without a lock.
+	sessionID                     id.SessionID
+	created, encrypted, decrypted time.Time
+	pickle                        []byte // the newest state, while it waits to be written
+}
+
+const upsertOlmSessionQuery = `
+	INSERT INTO crypto_olm_session (session_id, sender_key, session, created_at, last_encrypted, last_decrypted, account_id)
+	VALUES ($1, $2, $3, $4, $5, $6, $7)
+	ON CONFLICT (account_id, session_id) DO UPDATE
+		SET session=excluded.session, last_encrypted=excluded.last_encrypted, last_decrypted=excluded.last_decrypted
+`
+
+// records gives all Olm sessions with that device, loading them at first use. The caller holds mu.
+func (u *unitOfWork) records(ctx context.Context, senderKey id.SenderKey) ([]*olmRecord, error) {
+	if records, loaded := u.olm[senderKey]; loaded {
+		return records, nil
+	}
+	rows, err := u.DB.Query(ctx, getOlmSessionsQuery, senderKey, u.AccountID)
+	sessions, err := dbutil.NewRowIterWithError(rows, u.scanOlmSession, err).AsList()
+	if err != nil {
+		return nil, u.fail(ctx, fmt.Errorf("failed to read the Olm sessions with %s: %w", senderKey, err))
+	}
+	records := make([]*olmRecord, len(sessions))
+	for i, session := range sessions {
+		records[i] = &olmRecord{
+			senderKey: senderKey, session: session, sessionID: session.ID(),
+			created: session.CreationTime, encrypted: session.LastEncryptedTime, decrypted: session.LastDecryptedTime,
+		}
+		u.byPointer[session] = records[i]
+	}
+	u.olm[senderKey] = records
+	return records, nil
+}
+
+// mautrix's own GetSessions takes rows that it fails to read for rows that are not there, and a peer without sessions is
+// remembered as such.
+const getOlmSessionsQuery = `
+	SELECT session, created_at, last_encrypted, last_decrypted FROM crypto_olm_session
+	WHERE sender_key=$1 AND account_id=$2
+`
+
+func (u *unitOfWork) scanOlmSession(row dbutil.Scannable) (*crypto.OlmSession, error) {
+	session := &crypto.OlmSession{Internal: olm.NewBlankSession()}
+	var pickle []byte
+	if err := row.Scan(&pickle, &session.CreationTime, &session.LastEncryptedTime, &session.LastDecryptedTime); err != nil {
+		return nil, err
+	}
+	return session, session.Internal.Unpickle(pickle, u.PickleKey)
+}
+
+func (u *unitOfWork) HasSession(ctx context.Context, senderKey id.SenderKey) bool {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	records, err := u.records(ctx, senderKey)
+	return err == nil && len(records) > 0
+}
+
+// GetSessions gives the Olm sessions with that device, the last one to decrypt first.
+func (u *unitOfWork) GetSessions(ctx context.Context, senderKey id.SenderKey) (crypto.OlmSessionList, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	records, err := u.records(ctx, senderKey)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortStableFunc(records, func(a, b *olmRecord) int { return b.decrypted.Compare(a.decrypted) })
+	sessions := make(crypto.OlmSessionList, len(records))
+	for i, record := range records {
+		sessions[i] = record.session
+	}
+	return sessions, nil
+}
+
+func (u *unitOfWork) GetLatestSession(ctx context.Context, senderKey id.SenderKey) (*crypto.OlmSession, error) {
+	sessions, err := u.GetSessions(ctx, senderKey)
+	if err != nil || len(sessions) == 0 {
+		return nil, err
+	}
+	return sessions[0], nil
+}
+
+func (u *unitOfWork) GetNewestSessionCreationTS(ctx context.Context, senderKey id.SenderKey) (newest time.Time, err error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	records, err := u.records(ctx, senderKey)
+	for _, record := range records {
+		used := !record.encrypted.Equal(record.created) || !record.decrypted.Equal(record.created)
+		if used && record.created.After(newest) {
+			newest = record.created
+		}
+	}
+	return newest, err
+}
+
+// AddSession stages a new Olm session. Nobody else has its pointer yet, so pickling it is safe.
+func (u *unitOfWork) AddSession(ctx context.Context, senderKey id.SenderKey, session *crypto.OlmSession) error {
+	pickle, err := session.Internal.Pickle(u.PickleKey)
+	if err != nil {
+		return u.failLocked(ctx, err)
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	records, err := u.records(ctx, senderKey)
+	if err != nil {
+		return err
+	}
+	record := &olmRecord{senderKey: senderKey, session: session, sessionID: session.ID(), created: session.CreationTime}
+	u.stageRatchet(record, pickle)
+	u.olm[senderKey] = append(records, record)
+	u.byPointer[session] = record
+	return nil
+}
+
+// UpdateSession stages an Olm session's new state. mautrix calls it with its Olm lock held, so pickling here, and not when
+// flushing, is safe. mautrix only logs an error, and would send what it has encrypted: so an error breaks the unit of work.
+func (u *unitOfWork) UpdateSession(_ context.Context, _ id.SenderKey, session *crypto.OlmSession) error {
+	pickle, err := session.Internal.Pickle(u.PickleKey)
+	if err != nil {
+		return u.breakWith(err)
+	}
+	u.mu.Lock()
+	record := u.byPointer[session]
+	if record != nil {
+		u.stageRatchet(record, pickle)
+	}
+	u.mu.Unlock()
+	if record == nil {
+		return u.breakWith(fmt.Errorf("the Olm session %s was not loaded from this store", session.ID()))
+	}
+	return nil
+}
+
+func (u *unitOfWork) stageRatchet(record *olmRecord, pickle []byte) {
+	if record.pickle == nil {
+		u.dirtyOlm = append(u.dirtyOlm, record)
+	}
+	record.pickle = pickle
+	record.encrypted, record.decrypted = record.session.LastEncryptedTime, record.session.LastDecryptedTime
+}
+
+func (u *unitOfWork) DeleteSession(_ context.Context, senderKey id.SenderKey, session *crypto.OlmSession) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.olm[senderKey] = slices.DeleteFunc(u.olm[senderKey], func(record *olmRecord) bool { return record.session == session })
+	delete(u.byPointer, session)
+	u.writes = append(u.writes, func(ctx context.Context) error {
+		return u.SQLCryptoStore.DeleteSession(ctx, senderKey, session)
+	})
+	return nil
+}
