@@ -130,10 +130,9 @@ func (b *Bot) Check(ctx context.Context) error {
 const databaseOwner = "sendertrust"
 
 func (b *Bot) openDatabase() error {
-	log := dbutil.ZeroLogger(b.log.With().Str("component", "database").Logger())
 	db, err := dbutil.NewFromConfig(databaseOwner, dbutil.Config{
 		PoolConfig: dbutil.PoolConfig{Type: b.config.Database.Type, URI: b.config.Database.URI, MaxOpenConns: 5, MaxIdleConns: 2},
-	}, log)
+	}, cryptohook.DatabaseLog(b.log))
 	if err != nil {
 		return setupError("database: %w", err)
 	}

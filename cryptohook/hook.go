@@ -125,7 +125,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hoo
 // openStores brings the tables up to date and checks whose they are.
 func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 	db, accountID := h.options.DB, h.client.UserID.String()
-	dbLog := dbutil.ZeroLogger(h.log.With().Str("component", "database").Logger())
+	dbLog := DatabaseLog(h.log)
 	if h.client.StateStore == nil {
 		stateStore := sqlstatestore.NewSQLStateStore(db, dbLog, false)
 		if err := stateStore.Upgrade(ctx); err != nil {

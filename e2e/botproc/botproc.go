@@ -85,7 +85,7 @@ func Start(ctx context.Context, options Options) (*Bot, error) {
 		"database":   Config{"type": "sqlite3-fk-wal-fullsync", "uri": "file:" + bot.DBPath() + "?_txlock=immediate"},
 		"encryption": Config{"pickle_key": "generate"},
 		"invites":    Config{"allow": []string{"@*:localhost"}},
-		"logging":    Config{"min_level": "debug", "writers": []Config{{"type": "stdout", "format": "json"}}},
+		"logging":    Config{"min_level": "trace", "writers": []Config{{"type": "stdout", "format": "json"}}},
 	}
 	if options.Configure != nil {
 		options.Configure(config)
