@@ -76,7 +76,11 @@ func testMachine(ctx context.Context, userID id.UserID) (*crypto.OlmMachine, err
 	client.DeviceID = testDevice
 	client.Client = &http.Client{Transport: noNetwork{}}
 	log := zerolog.Nop()
-	mach := crypto.NewOlmMachine(client, &log, crypto.NewMemoryStore(nil), nil)
+	rooms, ok := mautrix.NewMemoryStateStore().(crypto.StateStore)
+	if !ok {
+		return nil, errors.New("mautrix's memory store knows no rooms")
+	}
+	mach := crypto.NewOlmMachine(client, &log, crypto.NewMemoryStore(nil), rooms)
 	mach.DisableDecryptKeyFetching = true
 	return mach, mach.Load(ctx)
 }
