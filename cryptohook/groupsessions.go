@@ -70,8 +70,8 @@ func (u *unitOfWork) copyGroup(session *crypto.InboundGroupSession) (*crypto.Inb
 	return &copied, nil
 }
 
-// putGroupSession stages the session while receiving. At any other time it writes at once, its own row only: the caller holds
-// the Megolm decrypt lock and must not wait for the gate.
+// putGroupSession stages the session while receiving, and behind a staged state of the same session, which must not be written over
+// it. At any other time it writes at once, its own row only: the caller holds the Megolm decrypt lock and must not wait for the gate.
 func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.InboundGroupSession, with write) error {
 	put := func(ctx context.Context) error {
 		if err := u.SQLCryptoStore.PutGroupSession(ctx, session); err != nil {
@@ -79,14 +79,21 @@ func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.Inboun
 		}
 		return with(ctx)
 	}
-	if !isReceiving(ctx) {
-		return u.DB.DoTxn(ctx, nil, put)
+	if u.stageGroupSession(ctx, session, put) {
+		return nil
 	}
+	return u.DB.DoTxn(ctx, nil, put)
+}
+
+func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.InboundGroupSession, put write) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
+	if _, staged := u.groups[session.ID()]; !staged && !isReceiving(ctx) {
+		return false
+	}
 	u.groups[session.ID()] = session
 	u.writes = append(u.writes, put)
-	return nil
+	return true
 }
 
 // PutGroupSession stores a session, and what the way that it came says of its sender. Outside of receiving, that is not an

@@ -905,3 +905,21 @@ func TestStoppingWhileAGapIsFetchedLosesNoEvents(t *testing.T) {
 		t.Errorf("%d events are in the inbox, want 2", n)
 	}
 }
+
+// A key that is imported while a worse one of the same session waits to be written must not be overwritten by that.
+func TestImportDuringASyncIsNotOverwrittenByWhatWasStaged(t *testing.T) {
+	s, r, other := unitWorld(t)
+	ctx, m, p := t.Context(), newMegolm(storyRoom), s.peers[0]
+	earlier := newInbound(t, m, p.actorDevice)
+	earlier.KeySource = id.KeySourceBackup
+	m.message("moves the ratchet")
+	later := must(crypto.NewInboundGroupSession(p.senderKey(), p.signingKey(), storyRoom, m.later()["session_key"].(string), 0, 0, nil, false))
+	if err := errors.Join(r.uow.PutGroupSession(withReceiving(ctx), later), r.mach.StoreGroupSession(ctx, earlier), r.uow.flush(ctx)); err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range []*unitOfWork{r.uow, other()} {
+		if stored := must(u.GetGroupSession(ctx, storyRoom, m.id())); stored.Internal.FirstKnownIndex() != 0 {
+			t.Errorf("the first known index is %d", stored.Internal.FirstKnownIndex())
+		}
+	}
+}
