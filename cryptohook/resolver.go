@@ -41,12 +41,7 @@ func newResolver(hook *Hook) *resolver {
 	}
 }
 
-func (r *resolver) signal() {
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
-}
+func (r *resolver) signal() { notify(r.wake) }
 
 // ask has the keys of these users asked for as soon as possible.
 func (r *resolver) ask(users ...id.UserID) {

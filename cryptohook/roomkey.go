@@ -234,8 +234,8 @@ func (h *Hook) holderOf(ctx context.Context, sessionID id.SessionID) (*holder, e
 // session, makes room.
 func (h *Hook) storeDirect(ctx context.Context, session *crypto.InboundGroupSession, current *holder) error {
 	if current != nil {
-		existing, err := h.uow.GetGroupSession(ctx, session.RoomID, session.ID())
-		if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
+		existing, err := h.existing(ctx, session)
+		if err != nil {
 			return err
 		}
 		if existing != nil && existing.KeySource != id.KeySourceDirect && !connected(existing, session) {
@@ -250,6 +250,15 @@ func (h *Hook) storeDirect(ctx context.Context, session *crypto.InboundGroupSess
 		return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
 	}
 	return nil
+}
+
+// existing gives the session that is stored under the same ID for the same room, or nil when its key was never there or is gone.
+func (h *Hook) existing(ctx context.Context, session *crypto.InboundGroupSession) (*crypto.InboundGroupSession, error) {
+	existing, err := h.uow.GetGroupSession(ctx, session.RoomID, session.ID())
+	if errors.Is(err, crypto.ErrGroupSessionWithheld) {
+		return nil, nil
+	}
+	return existing, err
 }
 
 // connected says whether two sessions of one ID have the same ratchet. A session key is signed, but an export is not: whoever
@@ -277,8 +286,8 @@ func (h *Hook) storeOther(ctx context.Context, session *crypto.InboundGroupSessi
 	switch {
 	case current == nil:
 	case held:
-		existing, err := h.uow.GetGroupSession(ctx, session.RoomID, session.ID())
-		if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
+		existing, err := h.existing(ctx, session)
+		if err != nil {
 			return err
 		}
 		if existing != nil && !connected(existing, session) {

@@ -145,7 +145,7 @@ func (u *unitOfWork) failLocked(ctx context.Context, err error) error {
 	return u.fail(ctx, err)
 }
 
-// breakWith breaks the unit of work for an error of ours while receiving.
+// breakWith breaks the unit of work for an error after which what is in memory is ahead of what can be stored.
 func (u *unitOfWork) breakWith(err error) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
