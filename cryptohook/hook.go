@@ -32,6 +32,9 @@ type Options struct {
 	// VerifiedUsers pins the master keys (unpadded base64) of users whom the operator has verified. The hook signs them with the
 	// account's user-signing key as soon as it sees them; another key is a verification violation.
 	VerifiedUsers map[id.UserID]id.Ed25519
+	// OnChange, if set, is told what may have changed the verdicts that were given: see [Hook.Review]. It is called from the
+	// hook's own goroutines and must not wait for anything.
+	OnChange func(Change)
 	// Clock is time.Now by default.
 	Clock func() time.Time
 }

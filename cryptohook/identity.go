@@ -21,8 +21,12 @@ type Identity struct {
 	SelfSigningKey id.Ed25519
 	// VerifiedBy is the user-signing key of ours whose signature on MasterKey was checked; empty when there is none.
 	VerifiedBy id.Ed25519
-	// WasVerified says that some master key of this user was verified at some time.
+	// WasVerified says that some master key of this user was verified at some time, and that nobody has withdrawn it.
 	WasVerified bool
+	// Pinned says that MasterKey was signed since the configuration pins it. Without the pin it is no longer verified.
+	Pinned bool
+	// WithdrawnKey is the master key whose verification was withdrawn: our signature on it no longer counts.
+	WithdrawnKey id.Ed25519
 }
 
 // trustAnchor is where every chain of trust ends: our own identity, whose private keys we hold, and the master keys that

@@ -390,21 +390,21 @@ func TestMergeForgetsNothingThatWasVerified(t *testing.T) {
 		want      Identity
 	}{
 		{"first seen", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"},
-			Identity{"@alice:test", "M1", "M1", "S1", "", false}},
+			Identity{"@alice:test", "M1", "M1", "S1", "", false, false, ""}},
 		{"verified", publishedIdentity{masterKey: "M1", selfSigningKey: "S1", verifiedBy: "U"},
-			Identity{"@alice:test", "M1", "M1", "S1", "U", true}},
+			Identity{"@alice:test", "M1", "M1", "S1", "U", true, false, ""}},
 		{"the server leaves our signature out", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"},
-			Identity{"@alice:test", "M1", "M1", "S1", "U", true}},
+			Identity{"@alice:test", "M1", "M1", "S1", "U", true, false, ""}},
 		{"the self-signing key is rotated", publishedIdentity{masterKey: "M1", selfSigningKey: "S2"},
-			Identity{"@alice:test", "M1", "M1", "S2", "U", true}},
+			Identity{"@alice:test", "M1", "M1", "S2", "U", true, false, ""}},
 		{"the self-signing key is gone", publishedIdentity{masterKey: "M1"},
-			Identity{"@alice:test", "M1", "M1", "", "U", true}},
+			Identity{"@alice:test", "M1", "M1", "", "U", true, false, ""}},
 		{"reset", publishedIdentity{masterKey: "M2", selfSigningKey: "S3"},
-			Identity{"@alice:test", "M2", "M1", "S3", "", true}},
+			Identity{"@alice:test", "M2", "M1", "S3", "", true, false, ""}},
 		{"the first one again, without our signature", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"},
-			Identity{"@alice:test", "M1", "M1", "S1", "", true}},
+			Identity{"@alice:test", "M1", "M1", "S1", "", true, false, ""}},
 		{"verified again", publishedIdentity{masterKey: "M3", selfSigningKey: "S4", verifiedBy: "U2"},
-			Identity{"@alice:test", "M3", "M1", "S4", "U2", true}},
+			Identity{"@alice:test", "M3", "M1", "S4", "U2", true, false, ""}},
 	}
 	for _, step := range steps {
 		identity.merge(&step.published)

@@ -164,15 +164,16 @@ func (s *store) nextRetry(ctx context.Context) (time.Time, error) {
 
 const (
 	getIdentityQuery = `
-		SELECT user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified
+		SELECT user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned, withdrawn_key
 		FROM sendertrust_identity WHERE user_id=$1
 	`
 	upsertIdentityQuery = `
-		INSERT INTO sendertrust_identity (user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, updated_at_ms)
-		VALUES ($1, $2, $3, $4, $5, $6, $7)
+		INSERT INTO sendertrust_identity (user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned, withdrawn_key, updated_at_ms)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
 		ON CONFLICT (user_id) DO UPDATE SET
 			master_key=excluded.master_key, first_master_key=excluded.first_master_key, self_signing_key=excluded.self_signing_key,
-			verified_by=excluded.verified_by, was_verified=excluded.was_verified, updated_at_ms=excluded.updated_at_ms
+			verified_by=excluded.verified_by, was_verified=excluded.was_verified, pinned=excluded.pinned,
+			withdrawn_key=excluded.withdrawn_key, updated_at_ms=excluded.updated_at_ms
 	`
 	getDevicesByKeyQuery = `
 		SELECT device_id, signing_key, device_keys FROM sendertrust_device
@@ -193,7 +194,7 @@ const (
 func (s *store) identity(ctx context.Context, userID id.UserID) (*Identity, error) {
 	var i Identity
 	err := s.QueryRow(ctx, getIdentityQuery, userID).
-		Scan(&i.UserID, &i.MasterKey, &i.FirstMasterKey, &i.SelfSigningKey, &i.VerifiedBy, &i.WasVerified)
+		Scan(&i.UserID, &i.MasterKey, &i.FirstMasterKey, &i.SelfSigningKey, &i.VerifiedBy, &i.WasVerified, &i.Pinned, &i.WithdrawnKey)
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	} else if err != nil {
@@ -205,7 +206,8 @@ func (s *store) identity(ctx context.Context, userID id.UserID) (*Identity, erro
 // putIdentity stores the identity and judges anew what its user has sent, all in one statement each.
 func (s *store) putIdentity(ctx context.Context, identity *Identity, anchor trustAnchor, now time.Time) error {
 	_, err := s.Exec(ctx, upsertIdentityQuery,
-		identity.UserID, identity.MasterKey, identity.FirstMasterKey, identity.SelfSigningKey, identity.VerifiedBy, identity.WasVerified, now.UnixMilli())
+		identity.UserID, identity.MasterKey, identity.FirstMasterKey, identity.SelfSigningKey, identity.VerifiedBy, identity.WasVerified,
+		identity.Pinned, identity.WithdrawnKey, now.UnixMilli())
 	if err != nil {
 		return fmt.Errorf("failed to store the identity of %s: %w", identity.UserID, err)
 	}
@@ -371,10 +373,10 @@ const (
 		INSERT INTO sendertrust_inbox (event_id, seq, room_id, room_encrypted, received_at_ms, event)
 		VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (event_id) DO NOTHING
 	`
-	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event FROM sendertrust_inbox WHERE event IS NOT NULL AND seq>$1 ORDER BY seq LIMIT $2`
+	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL AND seq>$1 ORDER BY seq LIMIT $2`
 	markHandledQuery = `UPDATE sendertrust_inbox SET event=NULL WHERE event_id=$1`
 	pruneInboxQuery  = `DELETE FROM sendertrust_inbox WHERE event IS NULL AND received_at_ms<$1`
-	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox WHERE event IS NOT NULL`
+	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL`
 )
 
 // inboxEvent is a room event that handlers have yet to see.

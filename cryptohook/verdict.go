@@ -104,6 +104,8 @@ type Verdict struct {
 	DeviceID  id.DeviceID
 	MasterKey id.Ed25519
 	SessionID id.SessionID
+	// Source says how the session's key came to us.
+	Source Source
 	// Legacy is true for sessions that came without any information about their sender.
 	Legacy bool
 	// Reason says why a message could not be decrypted, or how its sender does not match.
@@ -112,6 +114,8 @@ type Verdict struct {
 	Claimants []Claimant
 	// Outdated says that the sender's device list was known to be out of date when the verdict was due.
 	Outdated bool
+	// Late says that the handler saw this event before, when its key had not come: [CodeUnableToDecrypt] was its verdict then.
+	Late bool
 	// ContentWithheld says that the event was not decrypted for the handler: its trust is below the requirement.
 	ContentWithheld bool
 }
@@ -211,7 +215,8 @@ func (a trustAnchor) verdict(sender id.UserID, sessionID id.SessionID, claims []
 	}
 	owner, others := claims[0], claims[1:]
 	v := Verdict{
-		SessionID: sessionID, State: owner.State, UserID: owner.Sender, DeviceID: owner.DeviceID, MasterKey: owner.MasterKey, Legacy: owner.Legacy,
+		SessionID: sessionID, State: owner.State, UserID: owner.Sender, DeviceID: owner.DeviceID, MasterKey: owner.MasterKey,
+		Source: owner.Source, Legacy: owner.Legacy,
 	}
 	if owner.State.proven() {
 		v.State = a.stateOf(owner.MasterKey, identity)

@@ -1,4 +1,4 @@
--- v0 -> v1: Latest revision
+-- v0 -> v2: Latest revision
 
 -- Who sent each inbound Megolm session (sender data), one row a claim: a session ID that two devices claim has two rows.
 CREATE TABLE sendertrust_session (
@@ -32,8 +32,11 @@ CREATE TABLE sendertrust_identity (
 	self_signing_key TEXT    NOT NULL, -- empty: none that the master key has signed
 	verified_by      TEXT    NOT NULL, -- our user-signing key whose signature on master_key was checked
 	was_verified     BOOLEAN NOT NULL, -- some master key of this user was verified at some time
+	pinned           BOOLEAN NOT NULL, -- verified since the configuration pins master_key
+	withdrawn_key    TEXT    NOT NULL, -- the master key that our signature no longer counts for: its verification was withdrawn
 	updated_at_ms    BIGINT  NOT NULL
 );
+CREATE INDEX sendertrust_identity_pinned_idx ON sendertrust_identity (user_id) WHERE pinned;
 
 -- The device keys that users publish, whole, because their signatures are evidence.
 CREATE TABLE sendertrust_device (
@@ -48,6 +51,16 @@ CREATE TABLE sendertrust_device (
 );
 CREATE INDEX sendertrust_device_key_idx ON sendertrust_device (user_id, identity_key);
 
+-- Which self-signing keys have signed which devices: each signature was checked once. It stays true when the device is deleted.
+CREATE TABLE sendertrust_signature (
+	user_id          TEXT NOT NULL,
+	identity_key     TEXT NOT NULL,
+	signing_key      TEXT NOT NULL,
+	self_signing_key TEXT NOT NULL,
+
+	PRIMARY KEY (user_id, identity_key, signing_key, self_signing_key)
+);
+
 -- Events that handlers have yet to see, in the order of arrival; handled ones stay a while, to recognise repeats.
 CREATE TABLE sendertrust_inbox (
 	event_id       TEXT    PRIMARY KEY,
@@ -55,9 +68,11 @@ CREATE TABLE sendertrust_inbox (
 	room_id        TEXT    NOT NULL,
 	room_encrypted BOOLEAN NOT NULL,
 	received_at_ms BIGINT  NOT NULL,
-	event          TEXT             -- JSON; null: handled
+	event          TEXT,             -- JSON; null: handled
+	late_session   TEXT              -- the session whose key has not come in time: the handler was told so, and is called again when it comes
 );
-CREATE INDEX sendertrust_inbox_pending_idx ON sendertrust_inbox (seq) WHERE event IS NOT NULL;
+CREATE INDEX sendertrust_inbox_pending_idx ON sendertrust_inbox (seq) WHERE event IS NOT NULL AND late_session IS NULL;
+CREATE INDEX sendertrust_inbox_late_idx ON sendertrust_inbox (late_session) WHERE late_session IS NOT NULL;
 CREATE INDEX sendertrust_inbox_age_idx ON sendertrust_inbox (received_at_ms);
 
 -- Why senders keep keys from us (m.room_key.withheld). The notice is not encrypted: it counts for its own sender's events only.
@@ -70,3 +85,40 @@ CREATE TABLE sendertrust_withheld (
 	PRIMARY KEY (sender, session_id)
 );
 CREATE INDEX sendertrust_withheld_age_idx ON sendertrust_withheld (received_at_ms);
+
+-- The sessions that our own other devices were asked for (m.room_key_request). Only what was asked for is taken.
+CREATE TABLE sendertrust_key_request (
+	session_id TEXT   PRIMARY KEY,
+	room_id    TEXT   NOT NULL,
+	request_id TEXT   NOT NULL,
+	sent_at_ms BIGINT NOT NULL
+);
+CREATE INDEX sendertrust_key_request_age_idx ON sendertrust_key_request (sent_at_ms);
+
+-- The room key bundles (MSC4268) that are to be fetched.
+CREATE TABLE sendertrust_key_bundle (
+	room_id        TEXT   NOT NULL,
+	sender         TEXT   NOT NULL,
+	sender_key     TEXT   NOT NULL,
+	signing_key    TEXT   NOT NULL,
+	content        TEXT   NOT NULL, -- JSON of the m.room_key_bundle
+	device_keys    TEXT   NOT NULL, -- JSON of the Olm message's sender_device_keys
+	received_at_ms BIGINT NOT NULL,
+
+	PRIMARY KEY (room_id, sender)
+);
+
+-- How far the sessions from before the hook have got their claims.
+CREATE TABLE sendertrust_migration (
+	name    TEXT    PRIMARY KEY,
+	cursor  TEXT    NOT NULL, -- the last session ID that was done
+	done    BOOLEAN NOT NULL
+);
+
+-- Which process owns the database: every unit of work of an earlier generation is refused.
+CREATE TABLE sendertrust_owner (
+	id         INTEGER PRIMARY KEY, -- always 1
+	generation BIGINT  NOT NULL,
+	holder     TEXT    NOT NULL,    -- for people: host and process ID
+	heartbeat  BIGINT  NOT NULL     -- counts up while the owner lives
+);

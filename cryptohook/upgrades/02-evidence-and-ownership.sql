@@ -1,0 +1,57 @@
+-- v1 -> v2: Evidence that outlives devices, late keys, one owner
+
+ALTER TABLE sendertrust_identity ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT false;
+ALTER TABLE sendertrust_identity ADD COLUMN withdrawn_key TEXT NOT NULL DEFAULT '';
+CREATE INDEX sendertrust_identity_pinned_idx ON sendertrust_identity (user_id) WHERE pinned;
+
+CREATE TABLE sendertrust_signature (
+	user_id          TEXT NOT NULL,
+	identity_key     TEXT NOT NULL,
+	signing_key      TEXT NOT NULL,
+	self_signing_key TEXT NOT NULL,
+
+	PRIMARY KEY (user_id, identity_key, signing_key, self_signing_key)
+);
+-- What was proven before rests on a signature of the self-signing key of that time; where that is today's, it is known.
+INSERT INTO sendertrust_signature (user_id, identity_key, signing_key, self_signing_key)
+	SELECT DISTINCT s.sender, s.sender_key, s.signing_key, i.self_signing_key
+	FROM sendertrust_session s JOIN sendertrust_identity i ON i.user_id=s.sender AND i.master_key=s.master_key
+	WHERE i.self_signing_key<>'' AND s.state IN ('verification_violation', 'sender_unverified', 'sender_verified');
+
+ALTER TABLE sendertrust_inbox ADD COLUMN late_session TEXT;
+DROP INDEX sendertrust_inbox_pending_idx;
+CREATE INDEX sendertrust_inbox_pending_idx ON sendertrust_inbox (seq) WHERE event IS NOT NULL AND late_session IS NULL;
+CREATE INDEX sendertrust_inbox_late_idx ON sendertrust_inbox (late_session) WHERE late_session IS NOT NULL;
+
+CREATE TABLE sendertrust_key_request (
+	session_id TEXT   PRIMARY KEY,
+	room_id    TEXT   NOT NULL,
+	request_id TEXT   NOT NULL,
+	sent_at_ms BIGINT NOT NULL
+);
+CREATE INDEX sendertrust_key_request_age_idx ON sendertrust_key_request (sent_at_ms);
+
+CREATE TABLE sendertrust_key_bundle (
+	room_id        TEXT   NOT NULL,
+	sender         TEXT   NOT NULL,
+	sender_key     TEXT   NOT NULL,
+	signing_key    TEXT   NOT NULL,
+	content        TEXT   NOT NULL,
+	device_keys    TEXT   NOT NULL,
+	received_at_ms BIGINT NOT NULL,
+
+	PRIMARY KEY (room_id, sender)
+);
+
+CREATE TABLE sendertrust_migration (
+	name    TEXT    PRIMARY KEY,
+	cursor  TEXT    NOT NULL,
+	done    BOOLEAN NOT NULL
+);
+
+CREATE TABLE sendertrust_owner (
+	id         INTEGER PRIMARY KEY,
+	generation BIGINT  NOT NULL,
+	holder     TEXT    NOT NULL,
+	heartbeat  BIGINT  NOT NULL
+);
