@@ -39,7 +39,7 @@ func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
 		return nil
 	}
 	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
-	err = h.store.DoTxn(context.WithoutCancel(ctx), nil, func(ctx context.Context) error {
+	err = h.store.write(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		answered = answered[:0]
 		for userID, devices := range asked.DeviceKeys {
 			if _, ok := answer.DeviceKeys[userID]; !ok {

@@ -306,7 +306,7 @@ func (r *resolver) judge(ctx context.Context, userID id.UserID, guards map[id.Se
 // resume walks the steps again for a stored session whose guard the caller holds. A retry counts; a look because something was
 // learnt does not, and changes nothing if it leads nowhere.
 func (h *Hook) resume(ctx context.Context, session *SenderData, retry bool) error {
-	return h.store.DoTxn(ctx, nil, func(ctx context.Context) error {
+	return h.store.write(ctx, func(ctx context.Context) error {
 		// The room key may have come again since, bringing more.
 		stored, err := h.store.claim(ctx, session.SessionID, session.SenderKey)
 		if err != nil || stored == nil || stored.State.proven() || stored.State == StateRejected {
@@ -365,7 +365,7 @@ func (h *Hook) signPinned(ctx context.Context, userID id.UserID) error {
 		return err
 	}
 	h.log.Info().Stringer("user_id", userID).Stringer("master_key", identity.MasterKey).Msg("Signed a pinned master key")
-	return h.store.DoTxn(ctx, nil, func(ctx context.Context) error {
+	return h.store.write(ctx, func(ctx context.Context) error {
 		now, err := h.store.identity(ctx, userID)
 		if err != nil || now == nil || now.MasterKey != identity.MasterKey {
 			return err

@@ -32,6 +32,12 @@ func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
 	return &store{db.Child(versionTable, upgradeTable, log)}
 }
 
+// write runs fn in a transaction of its own. Writers come one after the other, on PostgreSQL too: what one reads is what the one
+// before it has committed.
+func (s *store) write(ctx context.Context, fn func(ctx context.Context) error) error {
+	return s.DoTxn(ctx, nil, fn)
+}
+
 func ignoreNoRows(err error) error {
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil
