@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -72,7 +73,38 @@ type Hook struct {
 	// background are goroutines that answer other devices' requests.
 	background sync.WaitGroup
 	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.
-	kept []*SessionGuard
+	kept []keptGuard
+	// learning and learnt count the times that storing something about users' keys began and ended: see knowledge.
+	learning, learnt atomic.Uint64
+}
+
+// learn stores something about users' keys or their standing, in a transaction.
+func (h *Hook) learn(ctx context.Context, fn func(ctx context.Context) error) error {
+	h.learning.Add(1)
+	defer h.learnt.Add(1)
+	return h.store.write(ctx, fn)
+}
+
+// knowledge is what a derivation rested on that is stored only later: with something learnt in between, it has to be made again, for
+// what was learnt was applied to the sessions that were stored by then.
+type knowledge struct {
+	learning uint64
+	settled  bool
+}
+
+func (h *Hook) knowledge() knowledge {
+	learnt := h.learnt.Load()
+	learning := h.learning.Load()
+	return knowledge{learning, learning == learnt}
+}
+
+func (k knowledge) outdated(h *Hook) bool { return !k.settled || h.learning.Load() != k.learning }
+
+// keptGuard is held until its session is durable, and on until the sender's keys were asked for if it waits for them.
+type keptGuard struct {
+	*SessionGuard
+	sender id.UserID
+	waits  bool
 }
 
 var _ mautrix.CryptoHelper = (*Hook)(nil)
@@ -190,6 +222,9 @@ func (h *Hook) Machine() *crypto.OlmMachine { return h.mach }
 // Run syncs until the context ends or syncing fails for good, then waits for everything that the hook started. After
 // [ErrUnitOfWorkBroken] a new Hook has to be installed; nothing is lost.
 func (h *Hook) Run(ctx context.Context) error {
+	if err := h.prepare(ctx); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithCancel(ctx)
 	var workers sync.WaitGroup
 	workers.Go(func() { h.resolver.run(ctx) })
@@ -214,22 +249,26 @@ func (h *Hook) Run(ctx context.Context) error {
 func (h *Hook) anchor() trustAnchor {
 	anchor := trustAnchor{userID: h.client.UserID, pins: h.options.VerifiedUsers}
 	if keys := h.mach.CrossSigningKeys; keys != nil {
-		anchor.masterKey, anchor.userSigningKey = keys.MasterKey.PublicKey(), keys.UserSigningKey.PublicKey()
+		anchor.masterKey = keys.MasterKey.PublicKey()
+		anchor.selfSigningKey, anchor.userSigningKey = keys.SelfSigningKey.PublicKey(), keys.UserSigningKey.PublicKey()
 	}
 	return anchor
 }
 
-// keepUntilCommit holds a guard until what was received is durable.
-func (h *Hook) keepUntilCommit(guard *SessionGuard) {
+// keepUntilCommit holds a guard until what was received is durable. A session that waits for its sender's keys keeps it until they
+// were asked for.
+func (h *Hook) keepUntilCommit(guard *SessionGuard, sender *SenderData) {
 	if guard != nil {
-		h.kept = append(h.kept, guard)
+		h.kept = append(h.kept, keptGuard{guard, sender.Sender, sender.awaitsFirstLook()})
 	}
 }
 
-// unlockKept releases the guards of the unit of work, and lets the resolver see to what it left.
-func (h *Hook) unlockKept() {
+// unlockKept releases the guards of the unit of work, and hands those that wait on to the resolver if it is durable.
+func (h *Hook) unlockKept(durable bool) {
 	for _, guard := range h.kept {
-		guard.Unlock()
+		if !durable || !guard.waits || !h.resolver.adopt(guard) {
+			guard.Unlock()
+		}
 	}
 	if len(h.kept) > 0 {
 		h.kept = nil

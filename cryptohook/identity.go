@@ -23,10 +23,8 @@ type Identity struct {
 	VerifiedBy id.Ed25519
 	// WasVerified says that some master key of this user was verified at some time, and that nobody has withdrawn it.
 	WasVerified bool
-	// Pinned says that MasterKey was signed since the configuration pins it. Without the pin it is no longer verified.
-	Pinned bool
-	// WithdrawnKey is the master key whose verification was withdrawn: our signature on it no longer counts.
-	WithdrawnKey id.Ed25519
+	// PinnedKey is the master key that the configuration pinned when the identity was last judged; empty when it pinned none.
+	PinnedKey id.Ed25519
 }
 
 // trustAnchor is where every chain of trust ends: our own identity, whose private keys we hold, and the master keys that
@@ -34,6 +32,7 @@ type Identity struct {
 type trustAnchor struct {
 	userID         id.UserID
 	masterKey      id.Ed25519
+	selfSigningKey id.Ed25519
 	userSigningKey id.Ed25519
 	pins           map[id.UserID]id.Ed25519
 }
@@ -202,17 +201,21 @@ func (a trustAnchor) readIdentity(userID id.UserID, master, selfSigning json.Raw
 	return published, nil
 }
 
-// merge brings a newly published identity into what we knew. Nothing that was verified is forgotten.
-func (identity *Identity) merge(published *publishedIdentity) {
+// merge brings a newly published identity into what we knew. Nothing that was verified is forgotten. A server that leaves the
+// self-signing key out, or shows one that the master key has not signed, tells nothing about it: only another one takes its place.
+// withdrawn says that the verification of the published master key was withdrawn, so that our signature on it does not count.
+func (identity *Identity) merge(published *publishedIdentity, withdrawn bool) {
 	if identity.MasterKey != published.masterKey {
-		identity.VerifiedBy = ""
+		identity.VerifiedBy, identity.SelfSigningKey = "", ""
 	}
 	if identity.FirstMasterKey == "" {
 		identity.FirstMasterKey = published.masterKey
 	}
 	identity.MasterKey = published.masterKey
-	identity.SelfSigningKey = published.selfSigningKey
-	if published.verifiedBy != "" {
+	if published.selfSigningKey != "" {
+		identity.SelfSigningKey = published.selfSigningKey
+	}
+	if published.verifiedBy != "" && !withdrawn {
 		identity.VerifiedBy = published.verifiedBy
 		identity.WasVerified = true
 	}

@@ -197,7 +197,7 @@ func TestOwnMasterKeyOfferedAsAnothersIsNotVerified(t *testing.T) {
 		t.Fatalf("read %+v (%v)", got, err)
 	}
 	identity := &Identity{UserID: w.alice.userID}
-	identity.merge(got)
+	identity.merge(got, false)
 	if standing := w.anchor.judge(identity); standing != standingUnverified {
 		t.Errorf("standing %d", standing)
 	}
@@ -387,27 +387,32 @@ func TestMergeForgetsNothingThatWasVerified(t *testing.T) {
 	steps := []struct {
 		name      string
 		published publishedIdentity
+		withdrawn bool
 		want      Identity
 	}{
-		{"first seen", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"},
-			Identity{"@alice:test", "M1", "M1", "S1", "", false, false, ""}},
-		{"verified", publishedIdentity{masterKey: "M1", selfSigningKey: "S1", verifiedBy: "U"},
-			Identity{"@alice:test", "M1", "M1", "S1", "U", true, false, ""}},
-		{"the server leaves our signature out", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"},
-			Identity{"@alice:test", "M1", "M1", "S1", "U", true, false, ""}},
-		{"the self-signing key is rotated", publishedIdentity{masterKey: "M1", selfSigningKey: "S2"},
-			Identity{"@alice:test", "M1", "M1", "S2", "U", true, false, ""}},
-		{"the self-signing key is gone", publishedIdentity{masterKey: "M1"},
-			Identity{"@alice:test", "M1", "M1", "", "U", true, false, ""}},
-		{"reset", publishedIdentity{masterKey: "M2", selfSigningKey: "S3"},
-			Identity{"@alice:test", "M2", "M1", "S3", "", true, false, ""}},
-		{"the first one again, without our signature", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"},
-			Identity{"@alice:test", "M1", "M1", "S1", "", true, false, ""}},
-		{"verified again", publishedIdentity{masterKey: "M3", selfSigningKey: "S4", verifiedBy: "U2"},
-			Identity{"@alice:test", "M3", "M1", "S4", "U2", true, false, ""}},
+		{"first seen", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"}, false,
+			Identity{"@alice:test", "M1", "M1", "S1", "", false, ""}},
+		{"verified", publishedIdentity{masterKey: "M1", selfSigningKey: "S1", verifiedBy: "U"}, false,
+			Identity{"@alice:test", "M1", "M1", "S1", "U", true, ""}},
+		{"the server leaves our signature out", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"}, false,
+			Identity{"@alice:test", "M1", "M1", "S1", "U", true, ""}},
+		{"the self-signing key is rotated", publishedIdentity{masterKey: "M1", selfSigningKey: "S2"}, false,
+			Identity{"@alice:test", "M1", "M1", "S2", "U", true, ""}},
+		{"the server leaves the self-signing key out", publishedIdentity{masterKey: "M1"}, false,
+			Identity{"@alice:test", "M1", "M1", "S2", "U", true, ""}},
+		{"reset", publishedIdentity{masterKey: "M2", selfSigningKey: "S3"}, false,
+			Identity{"@alice:test", "M2", "M1", "S3", "", true, ""}},
+		{"the first one again, without our signature", publishedIdentity{masterKey: "M1", selfSigningKey: "S1"}, false,
+			Identity{"@alice:test", "M1", "M1", "S1", "", true, ""}},
+		{"reset, without a self-signing key", publishedIdentity{masterKey: "M2"}, false,
+			Identity{"@alice:test", "M2", "M1", "", "", true, ""}},
+		{"verified again", publishedIdentity{masterKey: "M3", selfSigningKey: "S4", verifiedBy: "U2"}, false,
+			Identity{"@alice:test", "M3", "M1", "S4", "U2", true, ""}},
+		{"a signature that was withdrawn", publishedIdentity{masterKey: "M1", selfSigningKey: "S1", verifiedBy: "U"}, true,
+			Identity{"@alice:test", "M1", "M1", "S1", "", true, ""}},
 	}
 	for _, step := range steps {
-		identity.merge(&step.published)
+		identity.merge(&step.published, step.withdrawn)
 		if *identity != step.want {
 			t.Errorf("%s: %+v, want %+v", step.name, *identity, step.want)
 		}

@@ -39,7 +39,7 @@ func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
 		return nil
 	}
 	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
-	err = h.store.write(context.WithoutCancel(ctx), func(ctx context.Context) error {
+	err = h.learn(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		answered = answered[:0]
 		for userID, devices := range asked.DeviceKeys {
 			if _, ok := answer.DeviceKeys[userID]; !ok {
@@ -56,10 +56,12 @@ func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
 		return fmt.Errorf("failed to store the keys that users publish: %w", err)
 	}
 	h.resolver.judgeAgain(answered)
+	h.changed(Change{Users: answered})
 	return nil
 }
 
-// storePublished stores one user's devices and identity. complete says that all devices were asked for.
+// storePublished stores one user's devices and identity, and judges the user's proven sessions by them. complete says that all
+// devices were asked for.
 func (h *Hook) storePublished(ctx context.Context, userID id.UserID, answer *keyQuery, complete bool) error {
 	log := h.log.With().Stringer("user_id", userID).Logger()
 	ctx = log.WithContext(ctx)
@@ -71,25 +73,46 @@ func (h *Hook) storePublished(ctx context.Context, userID id.UserID, answer *key
 	if err != nil {
 		log.Warn().Err(err).Msg("The server publishes a cross-signing key that is not valid")
 	}
-	if published == nil {
-		return nil
-	}
 	identity, err := h.store.identity(ctx, userID)
-	if err != nil {
+	if err != nil || identity == nil && published == nil {
 		return err
 	}
-	if identity == nil {
-		identity = &Identity{UserID: userID}
-	} else if identity.MasterKey != published.masterKey {
-		log.Warn().Stringer("old_master_key", identity.MasterKey).Stringer("new_master_key", published.masterKey).
+	if published != nil {
+		if identity, err = h.mergePublished(ctx, userID, identity, published); err != nil {
+			return err
+		}
+	}
+	if err = h.store.noteSignatures(ctx, userID, identity.SelfSigningKey); err != nil {
+		return err
+	}
+	return h.store.rejudge(ctx, identity, anchor, h.clock())
+}
+
+// mergePublished stores what a user publishes as the identity; known is what was known before, or nil.
+func (h *Hook) mergePublished(ctx context.Context, userID id.UserID, known *Identity, published *publishedIdentity) (*Identity, error) {
+	log := zerolog.Ctx(ctx)
+	identity := &Identity{UserID: userID}
+	if known != nil {
+		*identity = *known
+	}
+	withdrawn, err := h.store.isWithdrawn(ctx, userID, published.masterKey)
+	if err != nil {
+		return nil, fmt.Errorf("failed to look up whether a verification was withdrawn: %w", err)
+	}
+	identity.merge(published, withdrawn)
+	identity.PinnedKey = h.options.VerifiedUsers[userID]
+	if known != nil && known.MasterKey != identity.MasterKey {
+		log.Warn().Stringer("old_master_key", known.MasterKey).Stringer("new_master_key", identity.MasterKey).
 			Msg("The identity of this user has changed")
 	}
-	identity.merge(published)
-	if pin, pinned := anchor.pins[userID]; pinned && pin != identity.MasterKey {
-		log.Error().Stringer("pinned_master_key", pin).Stringer("published_master_key", identity.MasterKey).
+	if identity.PinnedKey != "" && identity.PinnedKey != identity.MasterKey && (known == nil || *known != *identity) {
+		log.Error().Stringer("pinned_master_key", identity.PinnedKey).Stringer("published_master_key", identity.MasterKey).
 			Msg("The master key that this user publishes is NOT the one that the configuration pins: treating this user as a verification violation")
 	}
-	return h.store.putIdentity(ctx, identity, anchor, h.clock())
+	if known != nil && *known == *identity {
+		return identity, nil
+	}
+	return identity, h.store.putIdentity(ctx, identity, h.clock())
 }
 
 func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[id.DeviceID]json.RawMessage, complete bool) error {

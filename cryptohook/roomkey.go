@@ -105,11 +105,13 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 	log, ctx = &logger, logger.WithContext(ctx)
 
 	guard := h.sessions.TryLock(session.ID())
-	h.keepUntilCommit(guard)
+	known := h.knowledge()
 	sender, err := h.deriveSender(ctx, session, olmEvent, guard != nil)
 	if err != nil {
+		guard.Unlock()
 		return err
 	}
+	h.keepUntilCommit(guard, sender)
 	current, err := h.holderOf(ctx, session.ID())
 	if err != nil {
 		return err
@@ -135,7 +137,15 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 			return err
 		}
 	}
-	h.uow.stage(func(ctx context.Context) error { return h.mergeClaim(ctx, sender) })
+	h.uow.stage(func(ctx context.Context) (err error) {
+		// The sender's keys may have come since: what they changed does not know this session yet.
+		if guard != nil && known.outdated(h) {
+			if sender, err = h.deriveSender(ctx, session, olmEvent, true); err != nil {
+				return err
+			}
+		}
+		return h.mergeClaim(ctx, sender)
+	})
 	log.Debug().Str("state", string(sender.State)).Stringer("device_id", sender.DeviceID).Msg("Received a room key")
 	return nil
 }
@@ -330,7 +340,7 @@ func (h *Hook) otherClaim(session *crypto.InboundGroupSession) *SenderData {
 	}
 	claim.Legacy, claim.Sender, claim.DeviceID, claim.State = false, h.client.UserID, h.client.DeviceID, StateDeviceInfo
 	if anchor := h.anchor(); anchor.masterKey != "" {
-		claim.State, claim.MasterKey = StateSenderVerified, anchor.masterKey
+		claim.State, claim.MasterKey, claim.signer = StateSenderVerified, anchor.masterKey, anchor.selfSigningKey
 	}
 	return claim
 }

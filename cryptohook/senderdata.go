@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"time"
 
+	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -105,11 +106,33 @@ type SenderData struct {
 	NextRetry  time.Time
 	ReceivedAt time.Time
 	UpdatedAt  time.Time
+
+	// signer is the self-signing key whose signature has just proven the device, to be noted with the row.
+	signer id.Ed25519
 }
 
 // awaitsFirstLook says that the sender's keys are about to be asked for and never were: the state may change at once.
 func (sd *SenderData) awaitsFirstLook() bool {
 	return !sd.NextRetry.IsZero() && sd.RetryCount == 0
+}
+
+// deviceInfo gives the keys of the device that made the session, as they came, or as they are known from the row: without
+// signatures.
+func (sd *SenderData) deviceInfo() json.RawMessage {
+	if sd.DeviceKeys != nil || sd.State != StateDeviceInfo {
+		return sd.DeviceKeys
+	}
+	bare, err := json.Marshal(&mautrix.DeviceKeys{
+		UserID: sd.Sender, DeviceID: sd.DeviceID,
+		Keys: mautrix.KeyMap{
+			id.NewDeviceKeyID(id.KeyAlgorithmCurve25519, sd.DeviceID): sd.SenderKey.String(),
+			id.NewDeviceKeyID(id.KeyAlgorithmEd25519, sd.DeviceID):    sd.SigningKey.String(),
+		},
+	})
+	if err != nil {
+		return nil
+	}
+	return bare
 }
 
 // mergeSenderData decides between what is stored of a claim and what the same device's key brings now.

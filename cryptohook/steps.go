@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"maunium.net/go/mautrix"
@@ -33,6 +34,8 @@ type caches interface {
 	deviceByKey(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) (json.RawMessage, error)
 	// identity gives what is known of the user's cross-signing identity, or nil.
 	identity(ctx context.Context, userID id.UserID) (*Identity, error)
+	// signers gives the self-signing keys whose signatures on the user's device with these keys were seen and checked, ever.
+	signers(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) ([]id.Ed25519, error)
 }
 
 // derivation is one walk through the steps.
@@ -40,7 +43,7 @@ type derivation struct {
 	caches caches
 	anchor trustAnchor
 	now    time.Time
-	// jitter is a factor around 1 for the back-off, so that many sessions do not ask at the same instant.
+	// jitter is a factor around 1 for the back-off, so that many sessions do not ask at the same instant; 0 takes one by chance.
 	jitter float64
 	// embedded is the sender_device_keys object of the Olm message, if it has one.
 	embedded json.RawMessage
@@ -56,15 +59,16 @@ type derivation struct {
 	raw      json.RawMessage
 	keys     *mautrix.DeviceKeys
 	identity *Identity
+	// seen are the device's signers, once they were looked up.
+	seen []id.Ed25519
+	// waits says that the walk ended with a time to look again; asks, that it is now, unless the keys were asked for already.
+	waits, asks bool
 }
 
 type step func(context.Context, *derivation) (step, error)
 
 // derive walks the steps and returns the sender data to store. The error is one of the caches'.
 func (d *derivation) derive(ctx context.Context) (*SenderData, error) {
-	if d.jitter == 0 {
-		d.jitter = 0.8 + 0.4*rand.Float64()
-	}
 	d.data.Reason = ""
 	var err error
 	for next := step(stepA); next != nil; {
@@ -104,7 +108,8 @@ func stepC(_ context.Context, d *derivation) (step, error) {
 	return d.wait(true)
 }
 
-// stepD: is the device cross-signed? If the message's copy of its keys is not, the published one may be by now.
+// stepD: is the device cross-signed? If the message's copy of its keys is not, it may have been at some time, or the published copy
+// may be by now: a signature that was checked once stays evidence, whatever the server shows today.
 func stepD(ctx context.Context, d *derivation) (step, error) {
 	d.path = append(d.path, 'D')
 	if !d.ownsSession() {
@@ -112,14 +117,11 @@ func stepD(ctx context.Context, d *derivation) (step, error) {
 		d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
 		return nil, nil
 	}
-	if !d.crossSigned() {
-		published, err := d.usePublished(ctx, d.crossSigned)
-		if err != nil {
-			return nil, err
-		}
-		if !published {
-			return d.deviceInfo(!d.current)
-		}
+	signed, err := d.signed(ctx, d.crossSigned, func(seen []id.Ed25519) bool { return len(seen) > 0 })
+	if err != nil {
+		return nil, err
+	} else if !signed {
+		return d.deviceInfo(!d.current)
 	}
 	return stepE, nil
 }
@@ -145,25 +147,22 @@ func stepF(_ context.Context, d *derivation) (step, error) {
 }
 
 // stepG: does the self-signing key that we know match the one that signed the device info? If the message's copy of the
-// device keys is older than the user's self-signing key, the published one may match.
+// device keys is older than the user's self-signing key, a signature that was seen before may match, or the published copy's.
 func stepG(ctx context.Context, d *derivation) (step, error) {
 	d.path = append(d.path, 'G')
-	if !d.signedByKnownKey() {
-		published, err := d.usePublished(ctx, d.signedByKnownKey)
-		if err != nil {
-			return nil, err
-		}
-		if !published {
-			return d.deviceInfo(!d.current)
-		}
+	signed, err := d.signed(ctx, d.signedByKnownKey, func(seen []id.Ed25519) bool { return slices.Contains(seen, d.identity.SelfSigningKey) })
+	if err != nil {
+		return nil, err
+	} else if !signed {
+		return d.deviceInfo(!d.current)
 	}
 	return stepH, nil
 }
 
-// stepH: is that signature valid? If not, somebody forged it: the session is invalid.
+// stepH: is that signature valid? If not, somebody forged it: the session is invalid. One that was seen before was valid then.
 func stepH(_ context.Context, d *derivation) (step, error) {
 	d.path = append(d.path, 'H')
-	if !signedBy(d.raw, d.data.Sender, d.identity.SelfSigningKey) {
+	if d.signedByKnownKey() && !d.validSignature() {
 		d.data.State, d.data.Reason = StateRejected, reasonForgedSignature
 		d.data.DeviceID = d.keys.DeviceID
 		d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
@@ -180,6 +179,7 @@ func stepJ(_ context.Context, d *derivation) (step, error) {
 	d.data.MasterKey = d.identity.MasterKey
 	d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
 	d.data.Legacy = false
+	d.data.signer = d.identity.SelfSigningKey
 	return nil, nil
 }
 
@@ -219,6 +219,29 @@ func (d *derivation) signedByKnownKey() bool {
 	return signed
 }
 
+// validSignature says whether the self-signing key that we know has signed the device keys at hand.
+func (d *derivation) validSignature() bool {
+	return signedBy(d.raw, d.data.Sender, d.identity.SelfSigningKey)
+}
+
+// signed says whether the device keys at hand are signed as a step asks, or were at some time, or are as they are published now.
+func (d *derivation) signed(ctx context.Context, atHand func() bool, everSeen func([]id.Ed25519) bool) (bool, error) {
+	if atHand() {
+		return true, nil
+	}
+	if d.seen == nil {
+		seen, err := d.caches.signers(ctx, d.data.Sender, d.data.SenderKey, d.data.SigningKey)
+		if err != nil {
+			return false, err
+		}
+		d.seen = seen
+	}
+	if everSeen(d.seen) {
+		return true, nil
+	}
+	return d.usePublished(ctx, atHand)
+}
+
 // usePublished takes the published device keys instead of those at hand if they are of the same device and acceptable.
 func (d *derivation) usePublished(ctx context.Context, acceptable func() bool) (bool, error) {
 	published, err := d.cachedDevice(ctx)
@@ -251,16 +274,40 @@ const (
 
 // wait ends the walk with a time to look again: now when the sender's keys were never asked for, else by back-off.
 func (d *derivation) wait(askNow bool) (step, error) {
-	if !d.queried && askNow {
-		d.data.RetryCount, d.data.NextRetry = 0, d.now
-		return nil, nil
-	}
-	d.data.RetryCount++
-	if d.data.RetryCount > maxRetries {
-		d.data.NextRetry = time.Time{}
-		return nil, nil
-	}
-	backoff := min(firstBackoff<<(d.data.RetryCount-1), maxBackoff)
-	d.data.NextRetry = d.now.Add(time.Duration(float64(backoff) * d.jitter))
+	d.waits, d.asks = true, askNow
+	d.schedule(&d.data)
 	return nil, nil
+}
+
+// schedule sets when a claim whose walk waits is looked at again.
+func (d *derivation) schedule(claim *SenderData) {
+	if !d.queried && d.asks {
+		claim.RetryCount, claim.NextRetry = 0, d.now
+		return
+	}
+	claim.RetryCount++
+	if claim.RetryCount > maxRetries {
+		claim.NextRetry = time.Time{}
+		return
+	}
+	jitter := d.jitter
+	if jitter == 0 {
+		jitter = 0.8 + 0.4*rand.Float64()
+	}
+	backoff := min(firstBackoff<<(claim.RetryCount-1), maxBackoff)
+	claim.NextRetry = d.now.Add(time.Duration(float64(backoff) * jitter))
+}
+
+// conclude gives what the walk means for another claim of the same device, of which the same is known.
+func (d *derivation) conclude(claim *SenderData) *SenderData {
+	concluded := *claim
+	concluded.State, concluded.Reason, concluded.signer = d.data.State, d.data.Reason, d.data.signer
+	concluded.DeviceID, concluded.MasterKey, concluded.DeviceKeys = d.data.DeviceID, d.data.MasterKey, d.data.DeviceKeys
+	concluded.Legacy = claim.Legacy && !d.data.State.proven()
+	if d.waits {
+		d.schedule(&concluded)
+	} else {
+		concluded.RetryCount, concluded.NextRetry = 0, time.Time{}
+	}
+	return &concluded
 }

@@ -24,6 +24,7 @@ type stepRow struct {
 	Cached   []string `yaml:"cached"`
 	Identity string   `yaml:"identity"`
 	Current  bool     `yaml:"current"`
+	Seen     []string `yaml:"seen"`
 	Retry    *int     `yaml:"retry"`
 	Want     struct {
 		Path   string `yaml:"path"`
@@ -159,7 +160,19 @@ func (w *stepWorld) know(word string) {
 	default:
 		w.t.Fatalf("unknown word %q", word)
 	}
-	if err := w.store.putIdentity(w.t.Context(), identity, w.anchor, time.Now()); err != nil {
+	if err := w.store.putIdentity(w.t.Context(), identity, time.Now()); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// see has one of the self-signing keys have signed the device at some time.
+func (w *stepWorld) see(word string) {
+	signer := map[string]id.Ed25519{"signed": w.alice.selfSigningKey(), "old_signed": w.oldSSK.PublicKey()}[word]
+	if signer == "" {
+		w.t.Fatalf("unknown word %q", word)
+	}
+	err := w.store.putSignature(w.t.Context(), signature{w.alice.userID, w.device.senderKey(), w.device.signingKey(), signer})
+	if err != nil {
 		w.t.Fatal(err)
 	}
 }
@@ -212,6 +225,9 @@ func walk(t *testing.T, row stepRow) {
 		kept["cached"] = w.cache(word, id.DeviceID("DEVICE"+string(rune('0'+i))))
 	}
 	w.know(row.Identity)
+	for _, word := range row.Seen {
+		w.see(word)
+	}
 	d.anchor = w.anchor
 	d.data.SenderKey, d.data.SigningKey = w.device.senderKey(), w.device.signingKey()
 
@@ -316,6 +332,9 @@ func (brokenCaches) deviceByKey(context.Context, id.UserID, id.SenderKey, id.Ed2
 	return nil, errBrokenCache
 }
 func (brokenCaches) identity(context.Context, id.UserID) (*Identity, error) {
+	return nil, errBrokenCache
+}
+func (brokenCaches) signers(context.Context, id.UserID, id.SenderKey, id.Ed25519) ([]id.Ed25519, error) {
 	return nil, errBrokenCache
 }
 

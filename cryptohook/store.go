@@ -55,9 +55,11 @@ const (
 	`
 	getClaimsQuery     = selectSession + `WHERE session_id=$1 ORDER BY received_at_ms, sender_key`
 	getClaimQuery      = selectSession + `WHERE session_id=$1 AND sender_key=$2`
-	getDueQuery        = selectSession + `WHERE next_retry_time_ms <= $1 ORDER BY next_retry_time_ms LIMIT $2`
-	getUnprovenOfQuery = selectSession + `WHERE sender=$1 AND state IN ('unknown_device', 'device_info')`
-	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_session WHERE next_retry_time_ms IS NOT NULL`
+	getDueSendersQuery = `SELECT DISTINCT sender FROM sendertrust_session WHERE next_retry_time_ms <= $1`
+	// Only what came directly can be proven by what its sender publishes: anybody may have put any sender key into an export.
+	getUnprovenOfQuery = selectSession + `WHERE sender=$1 AND state IN ('unknown_device', 'device_info') AND source='direct'`
+	getDueOfQuery      = getUnprovenOfQuery + ` AND next_retry_time_ms <= $2`
+	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_session WHERE next_retry_time_ms > $1`
 	upsertSessionQuery = `
 		INSERT INTO sendertrust_session (
 			session_id, sender_key, signing_key, room_id, sender, source, legacy_session, state, reason, device_id,
@@ -69,11 +71,29 @@ const (
 			master_key=excluded.master_key, device_keys=excluded.device_keys, retry_count=excluded.retry_count,
 			next_retry_time_ms=excluded.next_retry_time_ms, updated_at_ms=excluded.updated_at_ms
 	`
-	rejudgeSessionsQuery = `
-		UPDATE sendertrust_session SET state=CASE WHEN master_key=$2 THEN $3 ELSE $4 END, updated_at_ms=$5
+	// What a signature of today's self-signing key ($3) proves, whichever identity proved it before.
+	rejudgeSignedQuery = `
+		UPDATE sendertrust_session SET state=$4, master_key=$2, updated_at_ms=$5
 		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
-		  AND state<>CASE WHEN master_key=$2 THEN $3 ELSE $4 END
+		  AND (state<>$4 OR master_key<>$2) AND ` + signedToday + `
 	`
+	// What an identity proved that is not today's.
+	rejudgeEarlierQuery = `
+		UPDATE sendertrust_session SET state=$4, updated_at_ms=$5
+		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		  AND master_key<>$2 AND state<>$4 AND NOT ` + signedToday + `
+	`
+	// What today's identity proved by a self-signing key that it has replaced since, and does not prove by the new one.
+	rejudgeRotatedQuery = `
+		UPDATE sendertrust_session SET state='device_info', master_key='', retry_count=1, next_retry_time_ms=$4, updated_at_ms=$5
+		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		  AND master_key=$2 AND NOT ` + signedToday + `
+	`
+	signedToday = `EXISTS (
+		SELECT 1 FROM sendertrust_signature signed
+		WHERE signed.user_id=sendertrust_session.sender AND signed.identity_key=sendertrust_session.sender_key
+		  AND signed.signing_key=sendertrust_session.signing_key AND signed.self_signing_key=$3
+	)`
 )
 
 func scanSession(row dbutil.Scannable) (*SenderData, error) {
@@ -121,13 +141,43 @@ func (s *store) claim(ctx context.Context, sessionID id.SessionID, senderKey id.
 	return sd, nil
 }
 
-// putClaim stores a claim. The time at which it was first received stays.
+// putClaim stores a claim, and the signature that has proven it. The time at which it was first received stays.
 func (s *store) putClaim(ctx context.Context, sd *SenderData) error {
-	_, err := s.Exec(ctx, upsertSessionQuery,
+	return s.putClaims(ctx, []*SenderData{sd})
+}
+
+// claimsPerStatement keeps a statement below the number of parameters that SQLite takes.
+const claimsPerStatement = 500
+
+var insertClaims = dbutil.NewMassInsertBuilder[*SenderData, [0]any](
+	upsertSessionQuery, "($%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d)")
+
+// GetMassInsertValues implements [dbutil.MassInsertable].
+func (sd *SenderData) GetMassInsertValues() [16]any {
+	return [16]any{
 		sd.SessionID, sd.SenderKey, sd.SigningKey, sd.RoomID, sd.Sender, sd.Source, sd.Legacy, sd.State, sd.Reason, sd.DeviceID,
-		sd.MasterKey, dbutil.StrPtr(string(sd.DeviceKeys)), sd.RetryCount, dbutil.UnixMilliPtr(sd.NextRetry), sd.ReceivedAt.UnixMilli(), sd.UpdatedAt.UnixMilli())
-	if err != nil {
-		return fmt.Errorf("failed to store sender data: %w", err)
+		sd.MasterKey, dbutil.StrPtr(string(sd.DeviceKeys)), sd.RetryCount, dbutil.UnixMilliPtr(sd.NextRetry), sd.ReceivedAt.UnixMilli(), sd.UpdatedAt.UnixMilli(),
+	}
+}
+
+// putClaims stores claims of different sessions or devices.
+func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
+	signed := make(map[signature]struct{})
+	for chunk := range slices.Chunk(claims, claimsPerStatement) {
+		query, params := insertClaims.Build([0]any{}, chunk)
+		if _, err := s.Exec(ctx, query, params...); err != nil {
+			return fmt.Errorf("failed to store sender data: %w", err)
+		}
+		for _, sd := range chunk {
+			if sd.signer != "" {
+				signed[signature{sd.Sender, sd.SenderKey, sd.SigningKey, sd.signer}] = struct{}{}
+			}
+		}
+	}
+	for proof := range signed {
+		if err := s.putSignature(ctx, proof); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -140,7 +190,10 @@ func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderDat
 	}
 	merged := mergeSenderData(stored, arrived)
 	if merged == stored {
-		return stored, nil
+		if arrived.signer == "" {
+			return stored, nil
+		}
+		return stored, s.putSignature(ctx, signature{arrived.Sender, arrived.SenderKey, arrived.SigningKey, arrived.signer})
 	}
 	return merged, s.putClaim(ctx, merged)
 }
@@ -157,10 +210,20 @@ func (s *store) claimForHolder(ctx context.Context, sessionID id.SessionID, h *h
 	})
 }
 
-// nextRetry gives the time of the earliest scheduled retry, or zero.
-func (s *store) nextRetry(ctx context.Context) (time.Time, error) {
+// dueSenders gives whose sessions are to be looked at again before that time.
+func (s *store) dueSenders(ctx context.Context, before time.Time) ([]id.UserID, error) {
+	rows, err := s.Query(ctx, getDueSendersQuery, before.UnixMilli())
+	senders, err := dbutil.NewRowIterWithError(rows, dbutil.ScanSingleColumn[id.UserID], err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read whose sessions are due: %w", err)
+	}
+	return senders, nil
+}
+
+// nextRetry gives the time of the earliest retry that is scheduled after that time, or zero.
+func (s *store) nextRetry(ctx context.Context, after time.Time) (time.Time, error) {
 	var ms sql.NullInt64
-	if err := s.QueryRow(ctx, getNextRetryQuery).Scan(&ms); err != nil || !ms.Valid {
+	if err := s.QueryRow(ctx, getNextRetryQuery, after.UnixMilli()).Scan(&ms); err != nil || !ms.Valid {
 		return time.Time{}, err
 	}
 	return time.UnixMilli(ms.Int64), nil
@@ -170,16 +233,16 @@ func (s *store) nextRetry(ctx context.Context) (time.Time, error) {
 
 const (
 	getIdentityQuery = `
-		SELECT user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned, withdrawn_key
+		SELECT user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned_key
 		FROM sendertrust_identity WHERE user_id=$1
 	`
 	upsertIdentityQuery = `
-		INSERT INTO sendertrust_identity (user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned, withdrawn_key, updated_at_ms)
-		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9)
+		INSERT INTO sendertrust_identity (user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned_key, updated_at_ms)
+		VALUES ($1, $2, $3, $4, $5, $6, $7, $8)
 		ON CONFLICT (user_id) DO UPDATE SET
 			master_key=excluded.master_key, first_master_key=excluded.first_master_key, self_signing_key=excluded.self_signing_key,
-			verified_by=excluded.verified_by, was_verified=excluded.was_verified, pinned=excluded.pinned,
-			withdrawn_key=excluded.withdrawn_key, updated_at_ms=excluded.updated_at_ms
+			verified_by=excluded.verified_by, was_verified=excluded.was_verified, pinned_key=excluded.pinned_key,
+			updated_at_ms=excluded.updated_at_ms
 	`
 	getDevicesByKeyQuery = `
 		SELECT device_id, signing_key, device_keys FROM sendertrust_device
@@ -198,28 +261,148 @@ const (
 
 // identity implements [caches].
 func (s *store) identity(ctx context.Context, userID id.UserID) (*Identity, error) {
-	var i Identity
-	err := s.QueryRow(ctx, getIdentityQuery, userID).
-		Scan(&i.UserID, &i.MasterKey, &i.FirstMasterKey, &i.SelfSigningKey, &i.VerifiedBy, &i.WasVerified, &i.Pinned, &i.WithdrawnKey)
+	identity, err := scanIdentity(s.QueryRow(ctx, getIdentityQuery, userID))
 	if errors.Is(err, sql.ErrNoRows) {
 		return nil, nil
 	} else if err != nil {
 		return nil, fmt.Errorf("failed to read the identity of %s: %w", userID, err)
 	}
-	return &i, nil
+	return identity, nil
 }
 
-// putIdentity stores the identity and judges anew what its user has sent, all in one statement each.
-func (s *store) putIdentity(ctx context.Context, identity *Identity, anchor trustAnchor, now time.Time) error {
+func scanIdentity(row dbutil.Scannable) (*Identity, error) {
+	var i Identity
+	return &i, row.Scan(&i.UserID, &i.MasterKey, &i.FirstMasterKey, &i.SelfSigningKey, &i.VerifiedBy, &i.WasVerified, &i.PinnedKey)
+}
+
+// putIdentity stores what is known of a user's identity. See rejudge for what follows from it.
+func (s *store) putIdentity(ctx context.Context, identity *Identity, now time.Time) error {
 	_, err := s.Exec(ctx, upsertIdentityQuery,
 		identity.UserID, identity.MasterKey, identity.FirstMasterKey, identity.SelfSigningKey, identity.VerifiedBy, identity.WasVerified,
-		identity.Pinned, identity.WithdrawnKey, now.UnixMilli())
+		identity.PinnedKey, now.UnixMilli())
 	if err != nil {
 		return fmt.Errorf("failed to store the identity of %s: %w", identity.UserID, err)
 	}
-	today, earlier := anchor.stateOf(identity.MasterKey, identity), anchor.stateOf("", identity)
-	if _, err = s.Exec(ctx, rejudgeSessionsQuery, identity.UserID, identity.MasterKey, today, earlier, now.UnixMilli()); err != nil {
-		return fmt.Errorf("failed to judge the sessions of %s anew: %w", identity.UserID, err)
+	return nil
+}
+
+// rejudge brings the proven sessions of a user in line with the user's identity of today, all in one pass: a statement each for
+// what today's self-signing key has signed, for what an earlier identity proved, and for what nothing proves any more. The
+// sessions that are not proven yet are walked through the steps again by the resolver.
+func (s *store) rejudge(ctx context.Context, identity *Identity, anchor trustAnchor, now time.Time) error {
+	judged := []struct {
+		query string
+		to    any
+	}{
+		{rejudgeSignedQuery, anchor.stateOf(identity.MasterKey, identity)},
+		{rejudgeEarlierQuery, anchor.stateOf("", identity)},
+		{rejudgeRotatedQuery, now.Add(firstBackoff).UnixMilli()},
+	}
+	for _, part := range judged {
+		_, err := s.Exec(ctx, part.query, identity.UserID, identity.MasterKey, identity.SelfSigningKey, part.to, now.UnixMilli())
+		if err != nil {
+			return fmt.Errorf("failed to judge the sessions of %s anew: %w", identity.UserID, err)
+		}
+	}
+	return nil
+}
+
+const (
+	// Whose standing may have changed while the process was not there: by the configuration's pins, or by new keys of our own.
+	getVerifiedQuery = `
+		SELECT user_id, master_key, first_master_key, self_signing_key, verified_by, was_verified, pinned_key
+		FROM sendertrust_identity WHERE verified_by<>'' OR pinned_key<>''
+	`
+	insertWithdrawalQuery = `INSERT INTO sendertrust_withdrawal (user_id, master_key) VALUES ($1, $2) ON CONFLICT (user_id, master_key) DO NOTHING`
+	deleteWithdrawalQuery = `DELETE FROM sendertrust_withdrawal WHERE user_id=$1 AND master_key=$2`
+	isWithdrawnQuery      = `SELECT true FROM sendertrust_withdrawal WHERE user_id=$1 AND master_key=$2`
+)
+
+// verifiedIdentities gives those whom we have verified, or the configuration has pinned.
+func (s *store) verifiedIdentities(ctx context.Context) ([]*Identity, error) {
+	rows, err := s.Query(ctx, getVerifiedQuery)
+	list, err := dbutil.NewRowIterWithError(rows, scanIdentity, err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the verified identities: %w", err)
+	}
+	return list, nil
+}
+
+// withdraw has our signature on a master key no longer count; restore undoes it.
+func (s *store) withdraw(ctx context.Context, userID id.UserID, masterKey id.Ed25519) error {
+	_, err := s.Exec(ctx, insertWithdrawalQuery, userID, masterKey)
+	return err
+}
+
+func (s *store) restore(ctx context.Context, userID id.UserID, masterKey id.Ed25519) error {
+	_, err := s.Exec(ctx, deleteWithdrawalQuery, userID, masterKey)
+	return err
+}
+
+func (s *store) isWithdrawn(ctx context.Context, userID id.UserID, masterKey id.Ed25519) (withdrawn bool, err error) {
+	err = s.QueryRow(ctx, isWithdrawnQuery, userID, masterKey).Scan(&withdrawn)
+	return withdrawn, ignoreNoRows(err)
+}
+
+// signature is a fact: the self-signing key has signed the user's device with these keys.
+type signature struct {
+	userID         id.UserID
+	senderKey      id.SenderKey
+	signingKey     id.Ed25519
+	selfSigningKey id.Ed25519
+}
+
+const (
+	insertSignatureQuery = `
+		INSERT INTO sendertrust_signature (user_id, identity_key, signing_key, self_signing_key) VALUES ($1, $2, $3, $4)
+		ON CONFLICT (user_id, identity_key, signing_key, self_signing_key) DO NOTHING
+	`
+	getSignersQuery = `SELECT self_signing_key FROM sendertrust_signature WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3`
+	// The living devices whose signature by today's self-signing key ($2) is not known.
+	getUnsignedDevicesQuery = `
+		SELECT identity_key, signing_key, device_keys FROM sendertrust_device
+		WHERE user_id=$1 AND deleted=false AND NOT EXISTS (
+			SELECT 1 FROM sendertrust_signature signed
+			WHERE signed.user_id=sendertrust_device.user_id AND signed.identity_key=sendertrust_device.identity_key
+			  AND signed.signing_key=sendertrust_device.signing_key AND signed.self_signing_key=$2
+		)
+	`
+)
+
+func (s *store) putSignature(ctx context.Context, proof signature) error {
+	_, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey)
+	if err != nil {
+		return fmt.Errorf("failed to store a signature: %w", err)
+	}
+	return nil
+}
+
+// signers implements [caches].
+func (s *store) signers(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) ([]id.Ed25519, error) {
+	rows, err := s.Query(ctx, getSignersQuery, userID, senderKey, signingKey)
+	list, err := dbutil.NewRowIterWithError(rows, dbutil.ScanSingleColumn[id.Ed25519], err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the signatures on a device of %s: %w", userID, err)
+	}
+	return list, nil
+}
+
+// noteSignatures checks what the user's self-signing key has signed among the devices that the user has now.
+func (s *store) noteSignatures(ctx context.Context, userID id.UserID, selfSigningKey id.Ed25519) error {
+	rows, err := s.Query(ctx, getUnsignedDevicesQuery, userID, selfSigningKey)
+	devices, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (d cachedDevice, err error) {
+		return d, row.Scan(&d.senderKey, &d.signingKey, &d.keys)
+	}, err).AsList()
+	if err != nil {
+		return fmt.Errorf("failed to read the devices of %s: %w", userID, err)
+	}
+	for _, device := range devices {
+		if !signedBy(json.RawMessage(device.keys), userID, selfSigningKey) {
+			continue
+		}
+		if err = s.putSignature(ctx, signature{userID, device.senderKey, device.signingKey, selfSigningKey}); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -254,6 +437,7 @@ func (s *store) deviceByKey(ctx context.Context, userID id.UserID, senderKey id.
 
 type cachedDevice struct {
 	deviceID   id.DeviceID
+	senderKey  id.SenderKey
 	signingKey id.Ed25519
 	keys       string
 }

@@ -19,9 +19,12 @@ import (
 
 // everyQuery are the statements of this package, by the names of their constants. A test finds those that are missing here.
 var everyQuery = map[string]string{
-	"getClaimsQuery": getClaimsQuery, "getClaimQuery": getClaimQuery, "getDueQuery": getDueQuery, "getUnprovenOfQuery": getUnprovenOfQuery,
+	"getClaimsQuery": getClaimsQuery, "getClaimQuery": getClaimQuery, "getDueSendersQuery": getDueSendersQuery, "getDueOfQuery": getDueOfQuery, "getUnprovenOfQuery": getUnprovenOfQuery,
 	"getHoldersRoomQuery": getHoldersRoomQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
-	"getNextRetryQuery": getNextRetryQuery, "upsertSessionQuery": upsertSessionQuery, "rejudgeSessionsQuery": rejudgeSessionsQuery,
+	"getNextRetryQuery": getNextRetryQuery, "upsertSessionQuery": upsertSessionQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
+	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
+	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery,
+	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getUnsignedDevicesQuery": getUnsignedDevicesQuery,
 	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
 	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,
 	"upsertDeviceQuery": upsertDeviceQuery,
@@ -164,49 +167,65 @@ func TestMergedClaimKeepsTheTimeOfTheFirst(t *testing.T) {
 	}
 }
 
-func TestPutIdentityJudgesProvenRowsOnly(t *testing.T) {
+func TestProvenRowsAreJudgedByTheIdentityOfToday(t *testing.T) {
 	s, ctx := newTestStore(t), t.Context()
 	anchor := trustAnchor{userID: "@bot:test", userSigningKey: "U"}
-	put := func(sessionID id.SessionID, sender id.UserID, state State, masterKey id.Ed25519) {
+	put := func(sessionID id.SessionID, sender id.UserID, state State, masterKey id.Ed25519, signers ...id.Ed25519) {
 		t.Helper()
-		if err := s.putClaim(ctx, &SenderData{SessionID: sessionID, SenderKey: "k", Sender: sender, State: state, MasterKey: masterKey}); err != nil {
+		senderKey := id.SenderKey("key of " + sessionID)
+		if err := s.putClaim(ctx, &SenderData{SessionID: sessionID, SenderKey: senderKey, SigningKey: "e", Sender: sender, State: state, MasterKey: masterKey}); err != nil {
 			t.Fatal(err)
 		}
-	}
-	put("today", "@a:test", StateSenderUnverified, "M2")
-	put("earlier", "@a:test", StateSenderVerified, "M1")
-	put("device", "@a:test", StateDeviceInfo, "")
-	put("unknown", "@a:test", StateUnknownDevice, "")
-	put("rejected", "@a:test", StateRejected, "")
-	put("other user", "@b:test", StateSenderUnverified, "M2")
-	check := func(when string, want map[id.SessionID]State) {
-		t.Helper()
-		for sessionID, state := range want {
-			if got := must(s.claim(ctx, sessionID, "k")); got.State != state {
-				t.Errorf("%s: %s is %s, want %s", when, sessionID, got.State, state)
+		for _, signer := range signers {
+			if err := s.putSignature(ctx, signature{sender, senderKey, "e", signer}); err != nil {
+				t.Fatal(err)
 			}
 		}
 	}
-	untouched := map[id.SessionID]State{
-		"device": StateDeviceInfo, "unknown": StateUnknownDevice, "rejected": StateRejected, "other user": StateSenderUnverified,
-	}
-	identity := &Identity{UserID: "@a:test", MasterKey: "M2", FirstMasterKey: "M1", VerifiedBy: "U", WasVerified: true}
+	put("signed", "@a:test", StateSenderUnverified, "M2", "S2", "S3")
+	put("by the former identity", "@a:test", StateSenderVerified, "M1", "S1")
+	put("by both identities", "@a:test", StateSenderVerified, "M1", "S1", "S2", "S3")
+	put("before the rotation", "@a:test", StateSenderUnverified, "M2", "S2")
+	put("device", "@a:test", StateDeviceInfo, "", "S2")
+	put("unknown", "@a:test", StateUnknownDevice, "")
+	put("rejected", "@a:test", StateRejected, "")
+	put("other user", "@b:test", StateSenderUnverified, "M2", "S2")
+	const verified, violation, unverified, device = StateSenderVerified, StateVerificationViolation, StateSenderUnverified, StateDeviceInfo
+	identity := &Identity{UserID: "@a:test", MasterKey: "M2", SelfSigningKey: "S2", FirstMasterKey: "M1", VerifiedBy: "U", WasVerified: true}
 	for _, step := range []struct {
-		when           string
-		change         func()
-		today, earlier State
+		when                           string
+		change                         func()
+		signed, former, both, rotation State
+		bothBy                         id.Ed25519
 	}{
-		{"verified", func() {}, StateSenderVerified, StateSenderUnverified},
-		{"withdrawn", func() { identity.VerifiedBy = "" }, StateVerificationViolation, StateVerificationViolation},
-		{"verified again", func() { identity.VerifiedBy = "U" }, StateSenderVerified, StateSenderUnverified},
-		{"reset", func() { identity.MasterKey, identity.VerifiedBy = "M3", "" }, StateVerificationViolation, StateVerificationViolation},
+		{"verified", func() {}, verified, unverified, verified, verified, "M2"},
+		{"its signature is gone", func() { identity.VerifiedBy = "" }, violation, violation, violation, violation, "M2"},
+		{"withdrawn", func() { identity.WasVerified = false }, unverified, unverified, unverified, unverified, "M2"},
+		{"verified again", func() { identity.VerifiedBy, identity.WasVerified = "U", true }, verified, unverified, verified, verified, "M2"},
+		{"reset", func() { identity.MasterKey, identity.SelfSigningKey, identity.VerifiedBy = "M3", "S4", "" }, violation, violation, violation, violation, "M2"},
+		{"back", func() { identity.MasterKey, identity.SelfSigningKey, identity.VerifiedBy = "M2", "S2", "U" }, verified, unverified, verified, verified, "M2"},
+		{"rotated", func() { identity.SelfSigningKey = "S3" }, verified, unverified, verified, device, "M2"},
+		{"the first one again", func() { identity.MasterKey, identity.SelfSigningKey, identity.VerifiedBy = "M1", "S1", "" }, violation, violation, violation, device, "M1"},
 	} {
 		step.change()
-		if err := s.putIdentity(ctx, identity, anchor, time.Now()); err != nil {
+		if err := s.rejudge(ctx, identity, anchor, time.Now()); err != nil {
 			t.Fatal(err)
 		}
-		check(step.when, untouched)
-		check(step.when, map[id.SessionID]State{"today": step.today, "earlier": step.earlier})
+		for sessionID, want := range map[id.SessionID]State{
+			"signed": step.signed, "by the former identity": step.former, "by both identities": step.both, "before the rotation": step.rotation,
+			"device": StateDeviceInfo, "unknown": StateUnknownDevice, "rejected": StateRejected, "other user": StateSenderUnverified,
+		} {
+			got := must(s.claim(ctx, sessionID, id.SenderKey("key of "+sessionID)))
+			if got.State != want {
+				t.Errorf("%s: %s is %s, want %s", step.when, sessionID, got.State, want)
+			}
+			if sessionID == "by both identities" && got.MasterKey != step.bothBy {
+				t.Errorf("%s: proven by %s, want %s", step.when, got.MasterKey, step.bothBy)
+			}
+			if demoted := want == device && sessionID == "before the rotation"; demoted && (got.MasterKey != "" || got.NextRetry.IsZero()) {
+				t.Errorf("%s: %s keeps %+v", step.when, sessionID, got)
+			}
+		}
 	}
 }
 

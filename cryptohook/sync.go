@@ -35,7 +35,7 @@ var (
 func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, since string) error {
 	h := s.hook
 	s.failures = 0
-	defer h.unlockKept()
+	defer h.unlockKept(false)
 	changed := resp.DeviceLists.Changed
 	if len(changed) > 0 {
 		h.uow.stage(func(ctx context.Context) error { return h.uow.MarkTrackedUsersOutdated(ctx, changed) })
@@ -58,7 +58,7 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 	if err = h.commit(ctx); err != nil {
 		return err
 	}
-	h.unlockKept()
+	h.unlockKept(true)
 	if tracked, err := h.uow.FilterTrackedUsers(ctx, changed); err != nil {
 		zerolog.Ctx(ctx).Err(err).Msg("Failed to look up which changed device lists matter")
 	} else {
@@ -73,11 +73,12 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 	return nil
 }
 
-// commit tries until the unit of work is durable. Only the end of the context, or a broken unit of work, is an error.
+// commit tries until the unit of work is durable. Only the end of the context, a broken unit of work, or the loss of the database is
+// an error.
 func (h *Hook) commit(ctx context.Context) error {
 	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
 		err := h.uow.flush(ctx)
-		if err == nil || errors.Is(err, ErrUnitOfWorkBroken) {
+		if err == nil || errors.Is(err, ErrUnitOfWorkBroken) || errors.Is(err, ErrNotOwner) {
 			return err
 		}
 		h.log.Err(err).Msg("Failed to store what the server sent, trying again; nothing is lost")

@@ -21,7 +21,7 @@ CREATE TABLE sendertrust_session (
 
 	PRIMARY KEY (session_id, sender_key)
 );
-CREATE INDEX sendertrust_session_retry_idx ON sendertrust_session (next_retry_time_ms) WHERE next_retry_time_ms IS NOT NULL;
+CREATE INDEX sendertrust_session_retry_idx ON sendertrust_session (next_retry_time_ms, sender) WHERE next_retry_time_ms IS NOT NULL;
 CREATE INDEX sendertrust_session_sender_idx ON sendertrust_session (sender, state);
 
 -- The cross-signing identity of each user, with the signatures checked before the row was written.
@@ -32,11 +32,18 @@ CREATE TABLE sendertrust_identity (
 	self_signing_key TEXT    NOT NULL, -- empty: none that the master key has signed
 	verified_by      TEXT    NOT NULL, -- our user-signing key whose signature on master_key was checked
 	was_verified     BOOLEAN NOT NULL, -- some master key of this user was verified at some time
-	pinned           BOOLEAN NOT NULL, -- verified since the configuration pins master_key
-	withdrawn_key    TEXT    NOT NULL, -- the master key that our signature no longer counts for: its verification was withdrawn
+	pinned_key       TEXT    NOT NULL, -- the master key that the configuration pinned when this was last judged; empty: none
 	updated_at_ms    BIGINT  NOT NULL
 );
-CREATE INDEX sendertrust_identity_pinned_idx ON sendertrust_identity (user_id) WHERE pinned;
+CREATE INDEX sendertrust_identity_verified_idx ON sendertrust_identity (user_id) WHERE verified_by<>'' OR pinned_key<>'';
+
+-- The master keys that our signatures no longer count for: the user's verification was withdrawn while they were in use.
+CREATE TABLE sendertrust_withdrawal (
+	user_id    TEXT NOT NULL,
+	master_key TEXT NOT NULL,
+
+	PRIMARY KEY (user_id, master_key)
+);
 
 -- The device keys that users publish, whole, because their signatures are evidence.
 CREATE TABLE sendertrust_device (

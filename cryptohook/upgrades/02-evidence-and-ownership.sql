@@ -1,8 +1,14 @@
 -- v1 -> v2: Evidence that outlives devices, late keys, one owner
 
-ALTER TABLE sendertrust_identity ADD COLUMN pinned BOOLEAN NOT NULL DEFAULT false;
-ALTER TABLE sendertrust_identity ADD COLUMN withdrawn_key TEXT NOT NULL DEFAULT '';
-CREATE INDEX sendertrust_identity_pinned_idx ON sendertrust_identity (user_id) WHERE pinned;
+ALTER TABLE sendertrust_identity ADD COLUMN pinned_key TEXT NOT NULL DEFAULT '';
+CREATE INDEX sendertrust_identity_verified_idx ON sendertrust_identity (user_id) WHERE verified_by<>'' OR pinned_key<>'';
+
+CREATE TABLE sendertrust_withdrawal (
+	user_id    TEXT NOT NULL,
+	master_key TEXT NOT NULL,
+
+	PRIMARY KEY (user_id, master_key)
+);
 
 CREATE TABLE sendertrust_signature (
 	user_id          TEXT NOT NULL,
@@ -17,6 +23,9 @@ INSERT INTO sendertrust_signature (user_id, identity_key, signing_key, self_sign
 	SELECT DISTINCT s.sender, s.sender_key, s.signing_key, i.self_signing_key
 	FROM sendertrust_session s JOIN sendertrust_identity i ON i.user_id=s.sender AND i.master_key=s.master_key
 	WHERE i.self_signing_key<>'' AND s.state IN ('verification_violation', 'sender_unverified', 'sender_verified');
+
+DROP INDEX sendertrust_session_retry_idx;
+CREATE INDEX sendertrust_session_retry_idx ON sendertrust_session (next_retry_time_ms, sender) WHERE next_retry_time_ms IS NOT NULL;
 
 ALTER TABLE sendertrust_inbox ADD COLUMN late_session TEXT;
 DROP INDEX sendertrust_inbox_pending_idx;
