@@ -1,6 +1,7 @@
 package cryptohook
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -101,12 +102,27 @@ func (a trustAnchor) stateOf(masterKey id.Ed25519, identity *Identity) State {
 	}
 }
 
+// adopts says whether what an earlier identity proved is proven by today's as well, if that has signed the device too: when today's is
+// verified, or is the one that we saw first. Else the session stays with the identity that people knew when they read its messages.
+func (a trustAnchor) adopts(identity *Identity) bool {
+	switch a.judge(identity) {
+	case standingVerified:
+		return true
+	case standingUnverified:
+		return identity.MasterKey == identity.FirstMasterKey
+	default:
+		return false
+	}
+}
+
 // Faults of published keys. They are logged; the keys are not used.
 var (
 	errNotOneKey         = errors.New("the object does not hold exactly one ed25519 key under its own name")
 	errOtherUser         = errors.New("the object belongs to another user")
 	errWrongUsage        = errors.New("the object is published for another usage")
 	errOtherDevice       = errors.New("the object belongs to another device")
+	errNotAKey           = errors.New("the object holds a key that is not 32 bytes in unpadded base64")
+	errLongDeviceID      = errors.New("the object has a device ID that is too long to be stored")
 	errKeyMissing        = errors.New("the object lacks the device's curve25519 or ed25519 key")
 	errSignatureInvalid  = errors.New("the signature is not valid")
 	errSigningKeyChanged = errors.New("the device published another ed25519 key before")
@@ -129,7 +145,16 @@ func parseCrossSigningKey(raw json.RawMessage, userID id.UserID, usage id.CrossS
 	if len(object.Keys) != 1 || key == "" || object.Keys[id.NewKeyID(id.KeyAlgorithmEd25519, key.String())] != key {
 		return "", fmt.Errorf("%s key: %w", usage, errNotOneKey)
 	}
+	if !isKey(key.String()) {
+		return "", fmt.Errorf("%s key: %w", usage, errNotAKey)
+	}
 	return key, nil
+}
+
+// isKey says whether a text is a key as they are written. What else is published for one fits into no table.
+func isKey(text string) bool {
+	raw, err := base64.RawStdEncoding.DecodeString(text)
+	return err == nil && len(raw) == 32 && len(text) == base64.RawStdEncoding.EncodedLen(32)
 }
 
 // signedBy says whether the JSON object carries a valid signature of the cross-signing key of that user.
@@ -140,6 +165,9 @@ func signedBy(object json.RawMessage, userID id.UserID, key id.Ed25519) bool {
 	valid, err := signatures.VerifySignatureJSON(object, userID, key.String(), key)
 	return err == nil && valid
 }
+
+// maxDeviceID is more than any homeserver gives, in bytes. PostgreSQL's indices take no long texts.
+const maxDeviceID = 512
 
 // parseDeviceKeys checks a published device keys object: its owner, its keys, and the device's own signature.
 // https://spec.matrix.org/v1.16/client-server-api/#post_matrixclientv3keysquery (DeviceInformation)
@@ -155,8 +183,14 @@ func parseDeviceKeys(raw json.RawMessage, userID id.UserID, deviceID id.DeviceID
 		return nil, errOtherDevice
 	}
 	signingKey := keys.Keys.GetEd25519(deviceID)
-	if signingKey == "" || keys.Keys.GetCurve25519(deviceID) == "" {
+	identityKey := keys.Keys.GetCurve25519(deviceID)
+	switch {
+	case signingKey == "" || identityKey == "":
 		return nil, errKeyMissing
+	case !isKey(signingKey.String()) || !isKey(identityKey.String()):
+		return nil, errNotAKey
+	case len(deviceID) > maxDeviceID:
+		return nil, errLongDeviceID
 	}
 	valid, err := signatures.VerifySignatureJSON(raw, userID, deviceID.String(), signingKey)
 	if err != nil {

@@ -218,7 +218,7 @@ func TestUnreadableIdentityIsNoIdentity(t *testing.T) {
 	// Keys that are no keys, with a signature by them.
 	short := json.RawMessage(`{"user_id":"@alice:test","usage":["master"],"keys":{"ed25519:QQ":"QQ"}}`)
 	ssk := json.RawMessage(`{"user_id":"@alice:test","usage":["self_signing"],"keys":{"ed25519:QQ":"QQ"},"signatures":{"@alice:test":{"ed25519:QQ":"QQ"}}}`)
-	if got, err := w.anchor.readIdentity(w.alice.userID, short, ssk); !errors.Is(err, errSignatureInvalid) || got.selfSigningKey != "" {
+	if got, err := w.anchor.readIdentity(w.alice.userID, short, ssk); !errors.Is(err, errNotAKey) || got != nil {
 		t.Errorf("read %+v (%v)", got, err)
 	}
 }
@@ -261,12 +261,18 @@ func TestForgedDeviceKeysAreRefused(t *testing.T) {
 		forge func(w *identityWorld, keys object)
 		want  error
 	}{
-		"another user's":       {func(w *identityWorld, keys object) { keys["user_id"] = w.eve.userID.String() }, errOtherUser},
-		"another device's":     {func(_ *identityWorld, keys object) { keys["device_id"] = "OTHER" }, errOtherDevice},
-		"no curve25519 key":    {func(_ *identityWorld, keys object) { delete(keys["keys"].(object), "curve25519:DEVICE") }, errKeyMissing},
-		"no ed25519 key":       {func(_ *identityWorld, keys object) { delete(keys["keys"].(object), "ed25519:DEVICE") }, errKeyMissing},
-		"no signature":         {func(_ *identityWorld, keys object) { delete(keys, "signatures") }, errSignatureInvalid},
-		"other curve25519 key": {func(w *identityWorld, keys object) { keys["keys"].(object)["curve25519:DEVICE"] = "x" }, errSignatureInvalid},
+		"another user's":    {func(w *identityWorld, keys object) { keys["user_id"] = w.eve.userID.String() }, errOtherUser},
+		"another device's":  {func(_ *identityWorld, keys object) { keys["device_id"] = "OTHER" }, errOtherDevice},
+		"no curve25519 key": {func(_ *identityWorld, keys object) { delete(keys["keys"].(object), "curve25519:DEVICE") }, errKeyMissing},
+		"no ed25519 key":    {func(_ *identityWorld, keys object) { delete(keys["keys"].(object), "ed25519:DEVICE") }, errKeyMissing},
+		"no signature":      {func(_ *identityWorld, keys object) { delete(keys, "signatures") }, errSignatureInvalid},
+		"other curve25519 key": {func(w *identityWorld, keys object) {
+			keys["keys"].(object)["curve25519:DEVICE"] = strings.Repeat("A", 43)
+		}, errSignatureInvalid},
+		"curve25519 key that is none": {func(w *identityWorld, keys object) { keys["keys"].(object)["curve25519:DEVICE"] = "x" }, errNotAKey},
+		"curve25519 key with a line's end": {func(w *identityWorld, keys object) {
+			keys["keys"].(object)["curve25519:DEVICE"] = strings.Repeat("A", 42) + "\nA"
+		}, errNotAKey},
 		"signed by the self-signing key only": {func(w *identityWorld, keys object) {
 			delete(keys["signatures"].(object)[w.alice.userID.String()].(object), "ed25519:DEVICE")
 		}, errSignatureInvalid},

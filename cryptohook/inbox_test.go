@@ -583,6 +583,8 @@ func TestContentBelowTheRequirementIsWithheld(t *testing.T) {
 			{w.say(alice, s, "proven"), CodeUnverifiedIdentity, true},
 			{w.say(unsigned, worse, "unsigned"), CodeUnsignedDevice, requirement == RequireNothing},
 			{w.say(alice, legacy, "legacy"), CodeAuthenticityNotGuaranteed, requirement != RequireCrossSigned},
+			{w.roomEvent("@alice:test", "m.room.message", object{"msgtype": "m.text", "body": "clear", "m.relates_to": object{"m.in_reply_to": object{"event_id": "$x"}}}),
+				CodeSentInClear, requirement == RequireNothing},
 		} {
 			seen := w.judgeNow(tc.evt)
 			wantCode(t, seen, tc.code)

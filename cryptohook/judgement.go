@@ -2,6 +2,7 @@ package cryptohook
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"time"
@@ -29,7 +30,28 @@ func (h *Hook) judge(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *e
 		return h.judgeEncrypted(ctx, e, evt)
 	}
 	v.EventID = e.eventID
+	if !h.options.Requirement.allows(v) && v.Code == CodeSentInClear {
+		v.ContentWithheld = true
+		withhold(evt)
+	}
 	return evt, v, 0, nil
+}
+
+// withhold leaves of a plaintext event what its handlers need to answer it, and nothing that somebody may have made up to be obeyed.
+func withhold(evt *event.Event) {
+	kept := make(map[string]any)
+	for _, key := range []string{"msgtype", "m.relates_to"} {
+		if value, ok := evt.Content.Raw[key]; ok {
+			kept[key] = value
+		}
+	}
+	evt.Content = event.Content{Raw: kept}
+	if raw, err := json.Marshal(kept); err == nil {
+		evt.Content.VeryRaw = raw
+	}
+	if evt.Content.ParseRaw(evt.Type) != nil {
+		evt.Content.Parsed = nil
+	}
 }
 
 // judgeEncrypted judges by the claims on the event's session, once what its sender publishes is known or took too long.

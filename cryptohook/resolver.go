@@ -417,6 +417,7 @@ func (r *resolver) work(ctx context.Context, b *batch) error {
 	if len(b.tried) == 0 || ctx.Err() != nil {
 		return ctx.Err()
 	}
+	defer r.hook.inbox.wakeRooms()
 	return r.hook.judgeUnproven(ctx, b.users, b.tried)
 }
 

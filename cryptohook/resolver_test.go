@@ -1,14 +1,20 @@
 package cryptohook
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -358,4 +364,232 @@ func TestResolverRunsAndEndsWithItsContext(t *testing.T) {
 		}
 	}
 	w.wantState(s, alice, StateSenderUnverified)
+}
+
+// stuckServer holds the key queries about some users up until it is let go, or their context ends, and tells when one has begun.
+type stuckServer struct {
+	http.RoundTripper
+	stuck func(userID id.UserID) bool
+	begun chan struct{}
+	go_   chan struct{}
+	// panics: the network is broken beyond an error.
+	panics bool
+}
+
+func newStuckServer(w *trustWorld, stuck func(userID id.UserID) bool) *stuckServer {
+	s := &stuckServer{RoundTripper: w.server, stuck: stuck, begun: make(chan struct{}, 100), go_: make(chan struct{})}
+	w.hook.transport.base = s
+	return s
+}
+
+func (s *stuckServer) RoundTrip(req *http.Request) (*http.Response, error) {
+	if !strings.HasSuffix(req.URL.Path, "/keys/query") {
+		return s.RoundTripper.RoundTrip(req)
+	}
+	body := must(io.ReadAll(req.Body))
+	req.Body = io.NopCloser(bytes.NewReader(body))
+	var asked mautrix.ReqQueryKeys
+	if err := json.Unmarshal(body, &asked); err != nil {
+		return nil, err
+	}
+	for userID := range asked.DeviceKeys {
+		if !s.stuck(userID) {
+			continue
+		}
+		s.begun <- struct{}{}
+		if s.panics {
+			panic("no network")
+		}
+		select {
+		case <-s.go_:
+		case <-req.Context().Done():
+			return nil, req.Context().Err()
+		}
+		break
+	}
+	return s.RoundTripper.RoundTrip(req)
+}
+
+func everybody(id.UserID) bool { return true }
+
+// SEED.md, steps C and F: the guard is held from when the key comes until its sender was asked for, and released however that ends.
+func TestGuardIsHeldUntilTheSenderWasAskedFor(t *testing.T) {
+	for name, end := range map[string]func(server *stuckServer, stop context.CancelFunc){
+		"answered":   func(server *stuckServer, _ context.CancelFunc) { close(server.go_) },
+		"shut down":  func(_ *stuckServer, stop context.CancelFunc) { stop() },
+		"in a panic": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newTrustWorld(t)
+			alice := w.server.add(newActor("@alice:test")).addDevice("ALICE")
+			server := newStuckServer(w, everybody)
+			server.panics = end == nil
+			s := newMegolm(trustRoom)
+			w.sync(syncPart{toDevice: []object{w.share(alice, s, withoutDeviceKeys)}})
+			if guard := w.hook.sessions.TryLock(s.id()); guard != nil {
+				t.Fatal("nobody holds the session that waits for its sender's keys")
+			}
+			ctx, stop := context.WithCancel(w.ctx)
+			defer stop()
+			batches := must(w.hook.resolver.plan(ctx))
+			w.hook.resolver.start(ctx, batches)
+			<-server.begun
+			if end != nil {
+				if guard := w.hook.sessions.TryLock(s.id()); guard != nil {
+					t.Error("the guard was released while the sender is being asked for")
+				}
+				if again := must(w.hook.resolver.plan(ctx)); len(again) > 0 {
+					t.Error("the sender is asked for twice at once")
+				}
+				end(server, stop)
+			}
+			w.hook.resolver.queries.Wait()
+			if guard := w.hook.sessions.TryLock(s.id()); guard == nil {
+				t.Error("the session stays locked")
+			} else {
+				guard.Unlock()
+			}
+			server.panics, server.stuck = false, func(id.UserID) bool { return false }
+			w.clock.advance(time.Minute)
+			w.resolve()
+			w.wantState(s, alice, StateSenderUnverified)
+		})
+	}
+}
+
+func TestGuardsThatNobodyTookUpAreReleasedAtTheEnd(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s, withoutDeviceKeys)}})
+	ctx, stop := context.WithCancel(w.ctx)
+	stop()
+	w.hook.resolver.run(ctx)
+	late := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, late, withoutDeviceKeys)}})
+	for _, session := range []*megolm{s, late} {
+		if guard := w.hook.sessions.TryLock(session.id()); guard == nil {
+			t.Error("a session stays locked after the end")
+		}
+	}
+}
+
+// Somebody else's homeserver that does not answer holds up neither our own users nor, once it is known to be silent, those of others.
+func TestSilentHomeserverHoldsUpNobodyElse(t *testing.T) {
+	w := newTrustWorld(t)
+	ours := w.server.add(newActor("@alice:test")).addDevice("ALICE")
+	theirs := w.server.add(newActor("@bob:remote.test")).addDevice("BOB")
+	silent := newActor("@carol:silent.test").addDevice("CAROL")
+	share := func(device *actorDevice) *megolm {
+		s := newMegolm(trustRoom)
+		w.sync(syncPart{toDevice: []object{w.share(device, s, withoutDeviceKeys)}})
+		return s
+	}
+	fromCarol := share(silent)
+	w.resolve() // nobody answers for her
+	w.clock.advance(time.Minute)
+	server := newStuckServer(w, func(userID id.UserID) bool { return userID == "@carol:silent.test" })
+	fromAlice, fromBob := share(ours), share(theirs)
+	ctx, stop := context.WithCancel(w.ctx)
+	defer stop()
+	batches := must(w.hook.resolver.plan(ctx))
+	for _, b := range batches {
+		if slices.Contains(b.users, "@carol:silent.test") && len(b.users) > 1 {
+			t.Errorf("asked for together with a silent homeserver's user: %v", b.users)
+		}
+	}
+	w.hook.resolver.start(ctx, batches)
+	<-server.begun
+	for w.row(fromAlice, ours).State != StateSenderUnverified || w.row(fromBob, theirs).State != StateSenderUnverified {
+		if w.ctx.Err() != nil {
+			t.Fatal("held up")
+		}
+	}
+	w.wantState(fromCarol, silent, StateUnknownDevice)
+	w.server.add(silent.owner)
+	close(server.go_)
+	w.hook.resolver.queries.Wait()
+	w.wantState(fromCarol, silent, StateSenderUnverified)
+	if _, stillSilent := w.hook.resolver.silent["silent.test"]; stillSilent {
+		t.Error("a homeserver that answers is still called silent")
+	}
+}
+
+func TestUsersOfManyHomeserversAreAskedForInAFewRequests(t *testing.T) {
+	w := newTrustWorld(t)
+	var events []object
+	for i := range 100 {
+		device := w.server.add(newActor(id.UserID(fmt.Sprintf("@user:server%d.test", i)))).addDevice("DEVICE")
+		events = append(events, w.share(device, newMegolm(trustRoom), withoutDeviceKeys))
+	}
+	w.sync(syncPart{toDevice: events})
+	w.resolve()
+	if count := w.server.count("keys/query"); count > remoteBuckets {
+		t.Errorf("%d requests", count)
+	}
+	if unproven := w.countRows("state='unknown_device'"); unproven > 0 {
+		t.Errorf("%d sessions are not resolved", unproven)
+	}
+}
+
+func (w *trustWorld) countRows(where string) (n int) {
+	w.t.Helper()
+	if err := w.db.QueryRow(w.ctx, "SELECT COUNT(*) FROM sendertrust_session WHERE "+where).Scan(&n); err != nil {
+		w.t.Fatal(err)
+	}
+	return n
+}
+
+// Between a derivation and its commit something may be learnt: what that changed does not know the session yet.
+func TestWhatIsLearntBeforeTheCommitCounts(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	unsigned := alice.owner.addDevice("SECOND")
+	unsigned.crossSigned = false
+	w.know(alice.owner)
+	proven, unproven := newMegolm(trustRoom), newMegolm(trustRoom)
+	resp, _ := w.response(syncPart{toDevice: []object{w.share(alice, proven), w.share(unsigned, unproven)}})
+	if _, err := w.hook.receive(w.ctx, resp); err != nil {
+		t.Fatal(err)
+	}
+	alice.owner.verifiedBy, unsigned.crossSigned = w.bot, true
+	w.know(alice.owner)
+	if err := w.hook.commit(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.hook.unlockKept(true)
+	w.wantState(proven, alice, StateSenderVerified)
+	w.wantState(unproven, unsigned, StateSenderVerified)
+}
+
+func TestVerificationIsRefusedForGoodReasons(t *testing.T) {
+	w, alice, _ := twoPeople(t, func(o *Options) {
+		o.VerifiedUsers = map[id.UserID]id.Ed25519{"@mallory:test": "pinned"}
+	})
+	ownKey, otherKey := w.bot.masterKey(), newActor("@alice:test").masterKey()
+	for name, tc := range map[string]struct {
+		got, want error
+	}{
+		"another key":             {w.hook.Verify(w.ctx, "@alice:test", otherKey), ErrOtherMasterKey},
+		"nobody known":            {w.hook.Verify(w.ctx, "@nobody:test", otherKey), ErrUnknownIdentity},
+		"ourselves":               {w.hook.Verify(w.ctx, w.bot.userID, ownKey), ErrOwnUser},
+		"pinned":                  {w.hook.Verify(w.ctx, "@mallory:test", otherKey), ErrPinned},
+		"withdrawing a pin":       {w.hook.WithdrawVerification(w.ctx, "@mallory:test"), ErrPinned},
+		"withdrawing ourselves":   {w.hook.WithdrawVerification(w.ctx, w.bot.userID), ErrOwnUser},
+		"withdrawing from nobody": {w.hook.WithdrawVerification(w.ctx, "@nobody:test"), ErrUnknownIdentity},
+	} {
+		if !errors.Is(tc.got, tc.want) {
+			t.Errorf("%s: error %v, want %v", name, tc.got, tc.want)
+		}
+	}
+	if identity := must(w.hook.store.identity(w.ctx, "@alice:test")); identity.VerifiedBy != "" || w.server.count("keys/signatures/upload") > 0 {
+		t.Errorf("a refused verification has left %+v", identity)
+	}
+	w.wantStanding(alice.owner.userID, standingUnverified)
+}
+
+func (w *trustWorld) wantStanding(userID id.UserID, want standing) {
+	w.t.Helper()
+	if got := w.hook.anchor().judge(must(w.hook.store.identity(w.ctx, userID))); got != want {
+		w.t.Errorf("standing of %s is %d, want %d", userID, got, want)
+	}
 }

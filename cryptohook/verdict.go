@@ -191,9 +191,12 @@ func (r TrustRequirement) allows(v Verdict) bool {
 	switch v.Code {
 	case CodeSessionRejected, CodeUnableToDecrypt:
 		return false
-	case CodeSentInClear, CodeNotEncrypted:
-		// There is nothing encrypted to withhold: everybody in the room can read it.
+	case CodeNotEncrypted:
+		// Nothing in the room is proven, and everybody knows it.
 		return true
+	case CodeSentInClear:
+		// Anybody with access to a server could have written it. The reference does not judge plaintext at all.
+		return r != RequireCrossSigned && r != RequireCrossSignedOrLegacy
 	}
 	switch r {
 	case RequireCrossSigned:

@@ -192,7 +192,7 @@ func TestTrustRequirementTable(t *testing.T) {
 		{CodeSessionConflict, [3]string{ok, refused, refused}},
 		{CodeSessionRejected, [3]string{refused, refused, refused}},
 		{CodeUnableToDecrypt, [3]string{refused, refused, refused}},
-		{CodeSentInClear, [3]string{ok, ok, ok}},
+		{CodeSentInClear, [3]string{ok, refused, refused}},
 		{CodeNotEncrypted, [3]string{ok, ok, ok}},
 	} {
 		for i, requirement := range []TrustRequirement{RequireNothing, RequireCrossSignedOrLegacy, RequireCrossSigned} {
