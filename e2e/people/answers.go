@@ -48,6 +48,41 @@ type Answer struct {
 	First string
 }
 
+// Notice is what a bot said that answers no event.
+type Notice struct {
+	RoomID    id.RoomID
+	Sender    id.UserID
+	Body      string
+	Encrypted bool
+}
+
+// Notices gives the notices in a room that have come so far.
+func (p *Person) Notices(roomID id.RoomID) (notices []Notice) {
+	p.seenLock.Lock()
+	defer p.seenLock.Unlock()
+	for _, notice := range p.seen.notices {
+		if notice.RoomID == roomID {
+			notices = append(notices, notice)
+		}
+	}
+	return notices
+}
+
+// WaitForNotice waits until there is a notice in the room, and gives the first.
+func (p *Person) WaitForNotice(ctx context.Context, roomID id.RoomID) (Notice, error) {
+	var found Notice
+	err := p.wait(ctx, "a notice in "+roomID.String(), func(s *seen) bool {
+		for _, notice := range s.notices {
+			if notice.RoomID == roomID {
+				found = notice
+				return true
+			}
+		}
+		return false
+	})
+	return found, err
+}
+
 // parseAnnotation gives the annotation in a message's content, if there is one.
 func parseAnnotation(content json.RawMessage) (annotation Annotation, malformed error, found bool) {
 	var outer map[string]json.RawMessage
@@ -108,6 +143,9 @@ func (s *seen) takeAnswer(evt *event.Event, self id.UserID) {
 		return
 	}
 	annotation, malformed, found := parseAnnotation(evt.Content.VeryRaw)
+	if !found && content.MsgType == event.MsgNotice {
+		s.notices = append(s.notices, Notice{evt.RoomID, evt.Sender, content.Body, evt.Mautrix.WasEncrypted})
+	}
 	if !found || s.answer[evt.ID] != nil {
 		return
 	}

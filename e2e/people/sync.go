@@ -36,6 +36,7 @@ type seen struct {
 	invites map[id.RoomID]bool
 	answers map[id.EventID][]*Answer // by the event that they answer
 	answer  map[id.EventID]*Answer   // by their own ID
+	notices []Notice
 	// undecrypted are events whose key has not come yet.
 	undecrypted []*event.Event
 }

@@ -24,6 +24,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -197,11 +198,16 @@ func (t tests) try(m mutant) (outcome, error) {
 }
 
 func (t tests) test(extra []string) ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), t.timeout)
+	ctx, cancel := context.WithTimeout(context.Background(), t.timeout+time.Minute)
 	defer cancel()
 	// vet is not asked: it complains of what a mutant leaves unused or doubtful.
-	args := append([]string{"test", "-tags", t.tags, "-count", "1", "-vet", "off", "-run", t.run, "-skip", t.skip}, extra...)
+	args := append([]string{
+		"test", "-tags", t.tags, "-count", "1", "-vet", "off", "-timeout", t.timeout.String(), "-run", t.run, "-skip", t.skip,
+	}, extra...)
 	command := exec.CommandContext(ctx, "go", append(args, t.pkg)...)
+	// A mutant may loop for ever: the test binary has to end with go test.
+	command.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	command.Cancel = func() error { return syscall.Kill(-command.Process.Pid, syscall.SIGKILL) }
 	command.WaitDelay = 5 * time.Second
 	return command.CombinedOutput()
 }

@@ -1,0 +1,190 @@
+package bot
+
+import (
+	"context"
+	"database/sql"
+	"embed"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/id"
+
+	"sendertrust/cryptohook"
+)
+
+//go:embed upgrades/*.sql
+var upgradeFiles embed.FS
+
+var upgradeTable = dbutil.BuildUpgradeTable().WithFSPath(upgradeFiles, "upgrades").Finish()
+
+// records is what the bot has told rooms in the last day.
+type records struct {
+	*dbutil.Database
+}
+
+func newRecords(db *dbutil.Database, log dbutil.DatabaseLogger) *records {
+	return &records{db.Child("sendertrust_bot_version", upgradeTable, log)}
+}
+
+// record is what was told about one message.
+type record struct {
+	eventID id.EventID
+	roomID  id.RoomID
+	sender  id.UserID
+	// threadID is the root of the message's thread, if it is in one.
+	threadID id.EventID
+	// answerID is empty while the message is not answered.
+	answerID id.EventID
+	// verdict is what the room was told last, or would have been if it had been worth saying.
+	verdict  cryptohook.Verdict
+	toldAt   time.Time
+	edits    int
+	editedAt time.Time
+	// due is when the answer is to be corrected; zero: it is right.
+	due time.Time
+}
+
+const (
+	selectRecord = `
+		SELECT event_id, room_id, sender, thread_id, answer_id, verdict, told_at_ms, edits, edited_at_ms, due_ms FROM bot_answer
+	`
+	getRecordQuery    = selectRecord + `WHERE event_id=$1`
+	getOfSessionQuery = selectRecord + `WHERE session_id=$1`
+	getOfOwnerQuery   = selectRecord + `WHERE owner=$1`
+	getSinceQuery     = selectRecord + `WHERE told_at_ms>=$1 ORDER BY told_at_ms`
+	getDueQuery       = selectRecord + `WHERE due_ms<=$1 ORDER BY due_ms LIMIT $2`
+	getNextDueQuery   = `SELECT MIN(due_ms) FROM bot_answer WHERE due_ms>$1`
+	insertRecordQuery = `
+		INSERT INTO bot_answer (event_id, room_id, sender, thread_id, answer_id, session_id, owner, verdict, told_at_ms, edits, edited_at_ms)
+		VALUES ($1, $2, $3, $4, '', $5, $6, $7, $8, 0, 0) ON CONFLICT (event_id) DO NOTHING
+	`
+	setAnswerQuery    = `UPDATE bot_answer SET answer_id=$2 WHERE event_id=$1`
+	setDueQuery       = `UPDATE bot_answer SET due_ms=$2 WHERE event_id=$1`
+	setVerdictQuery   = `UPDATE bot_answer SET verdict=$2, session_id=$3, owner=$4, edits=$5, edited_at_ms=$6, due_ms=NULL WHERE event_id=$1`
+	deleteRecordQuery = `DELETE FROM bot_answer WHERE event_id=$1`
+	forgetRoomQuery   = `DELETE FROM bot_answer WHERE room_id=$1`
+	forgetOldQuery    = `DELETE FROM bot_answer WHERE told_at_ms<$1`
+	wasSaidQuery      = `SELECT true FROM bot_warning WHERE room_id=$1 AND sender=$2 AND code=$3 AND master_key=$4`
+	insertSaidQuery   = `
+		INSERT INTO bot_warning (room_id, sender, code, master_key, said_at_ms) VALUES ($1, $2, $3, $4, $5)
+		ON CONFLICT (room_id, sender, code, master_key) DO UPDATE SET said_at_ms=excluded.said_at_ms
+	`
+	forgetSaidQuery = `DELETE FROM bot_warning WHERE said_at_ms<$1`
+)
+
+func scanRecord(row dbutil.Scannable) (*record, error) {
+	var r record
+	var verdict string
+	var told, edited int64
+	var due sql.NullInt64
+	err := row.Scan(&r.eventID, &r.roomID, &r.sender, &r.threadID, &r.answerID, &verdict, &told, &r.edits, &edited, &due)
+	if err != nil {
+		return nil, err
+	}
+	if err = json.Unmarshal([]byte(verdict), &r.verdict); err != nil {
+		return nil, fmt.Errorf("failed to parse the verdict on %s: %w", r.eventID, err)
+	}
+	r.toldAt, r.editedAt = time.UnixMilli(told), time.UnixMilli(edited)
+	if due.Valid {
+		r.due = time.UnixMilli(due.Int64)
+	}
+	return &r, nil
+}
+
+func (s *records) list(ctx context.Context, query string, args ...any) ([]*record, error) {
+	rows, err := s.Query(ctx, query, args...)
+	list, err := dbutil.NewRowIterWithError(rows, scanRecord, err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read what was answered: %w", err)
+	}
+	return list, nil
+}
+
+// get gives what is recorded of a message, or nil.
+func (s *records) get(ctx context.Context, eventID id.EventID) (*record, error) {
+	r, err := scanRecord(s.QueryRow(ctx, getRecordQuery, eventID))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	}
+	return r, err
+}
+
+// add records what is about to be told, and gives what is recorded: after a crash that is what was about to be told before.
+func (s *records) add(ctx context.Context, r *record) (*record, error) {
+	verdict, err := json.Marshal(r.verdict)
+	if err != nil {
+		return nil, err
+	}
+	_, err = s.Exec(ctx, insertRecordQuery, r.eventID, r.roomID, r.sender, r.threadID, r.verdict.SessionID, r.verdict.UserID, string(verdict), r.toldAt.UnixMilli())
+	if err != nil {
+		return nil, fmt.Errorf("failed to record an answer: %w", err)
+	}
+	return s.get(ctx, r.eventID)
+}
+
+func (s *records) exec(ctx context.Context, query string, args ...any) error {
+	if _, err := s.Exec(ctx, query, args...); err != nil {
+		return fmt.Errorf("failed to record an answer: %w", err)
+	}
+	return nil
+}
+
+func (s *records) setAnswer(ctx context.Context, r *record, answerID id.EventID) error {
+	r.answerID = answerID
+	return s.exec(ctx, setAnswerQuery, r.eventID, answerID)
+}
+
+// setDue notes when the answer is to be corrected; the zero time, that it is right.
+func (s *records) setDue(ctx context.Context, r *record, due time.Time) error {
+	if r.due.Equal(due) {
+		return nil
+	}
+	r.due = due
+	return s.exec(ctx, setDueQuery, r.eventID, dbutil.UnixMilliPtr(due))
+}
+
+// setVerdict notes what the room was told now.
+func (s *records) setVerdict(ctx context.Context, r *record, verdict cryptohook.Verdict) error {
+	text, err := json.Marshal(verdict)
+	if err != nil {
+		return err
+	}
+	r.verdict, r.due = verdict, time.Time{}
+	return s.exec(ctx, setVerdictQuery, r.eventID, string(text), verdict.SessionID, verdict.UserID, r.edits, r.editedAt.UnixMilli())
+}
+
+func (s *records) nextDue(ctx context.Context, after time.Time) (time.Time, error) {
+	var ms sql.NullInt64
+	if err := s.QueryRow(ctx, getNextDueQuery, after.UnixMilli()).Scan(&ms); err != nil || !ms.Valid {
+		return time.Time{}, err
+	}
+	return time.UnixMilli(ms.Int64), nil
+}
+
+// warning is what makes one spoken warning the same as another.
+type warning struct {
+	roomID    id.RoomID
+	sender    id.UserID
+	code      cryptohook.Code
+	masterKey id.Ed25519
+}
+
+func (s *records) wasSaid(ctx context.Context, w warning) (said bool, err error) {
+	err = s.QueryRow(ctx, wasSaidQuery, w.roomID, w.sender, w.code, w.masterKey).Scan(&said)
+	if errors.Is(err, sql.ErrNoRows) {
+		return false, nil
+	}
+	return said, err
+}
+
+func (s *records) noteSaid(ctx context.Context, w warning, at time.Time) error {
+	return s.exec(ctx, insertSaidQuery, w.roomID, w.sender, w.code, w.masterKey, at.UnixMilli())
+}
+
+// forget drops what is older than that.
+func (s *records) forget(ctx context.Context, before time.Time) error {
+	return errors.Join(s.exec(ctx, forgetOldQuery, before.UnixMilli()), s.exec(ctx, forgetSaidQuery, before.UnixMilli()))
+}

@@ -1,0 +1,398 @@
+package bot
+
+import (
+	"cmp"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+
+	"sendertrust/cryptohook"
+)
+
+// How answers stay true: when the verdict on a message changes within a day, its answer is edited; when it becomes worse, the room is
+// also told in a new message, since nobody reads edits of what they have read.
+
+const (
+	// answersStayTrue is how long an answer is corrected.
+	answersStayTrue = 24 * time.Hour
+	// editPause is the least time between two edits of an answer; editsPerRoom is the most edits in a room within that time.
+	editPause    = time.Minute
+	editsPerRoom = 10
+	// dueAtOnce is how many edits are looked at in one go.
+	dueAtOnce   = 200
+	forgetEvery = time.Hour
+	reviseRetry = 5 * time.Second
+)
+
+// reviser corrects the answers. Its fields up to wake are set before it runs.
+type reviser struct {
+	records *records
+	log     zerolog.Logger
+	clock   func() time.Time
+	// review gives the verdict that a message would get now.
+	review func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error)
+	// send sends a message until the homeserver has it, and says no when it refuses it for good, or the context ends.
+	send func(ctx context.Context, roomID id.RoomID, content *event.Content, transactionID string) (id.EventID, bool)
+	// annotate and quiet are the bot's: how it shows a verdict, and which it does not mention.
+	annotate func(v cryptohook.Verdict) annotation
+	quiet    func(v cryptohook.Verdict) bool
+
+	wake chan struct{}
+	// working is held by who corrects: the worker, or a handler with a key that came late.
+	working sync.Mutex
+	// edited are the times of the last edits in each room.
+	edited map[id.RoomID][]time.Time
+
+	mu sync.Mutex
+	// pending is what may have changed since it was looked at; everything, when the worker starts.
+	everything bool
+	users      map[id.UserID]struct{}
+	sessions   map[id.SessionID]struct{}
+}
+
+func (b *Bot) newReviser() *reviser {
+	return &reviser{
+		records: newRecords(b.db, cryptohook.DatabaseLog(b.log)),
+		log:     b.log.With().Str("component", "reviser").Logger(), clock: b.clock,
+		review: func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error) {
+			return b.hook.Review(ctx, told, sender)
+		},
+		send:     b.send,
+		annotate: b.annotate, quiet: b.isQuiet,
+		wake: make(chan struct{}, 1), edited: make(map[id.RoomID][]time.Time), everything: true,
+		users: make(map[id.UserID]struct{}), sessions: make(map[id.SessionID]struct{}),
+	}
+}
+
+// changed is told what may have changed verdicts. It does not wait.
+func (r *reviser) changed(change cryptohook.Change) {
+	r.mu.Lock()
+	for _, userID := range change.Users {
+		r.users[userID] = struct{}{}
+	}
+	for _, sessionID := range change.Sessions {
+		r.sessions[sessionID] = struct{}{}
+	}
+	r.mu.Unlock()
+	select {
+	case r.wake <- struct{}{}:
+	default:
+	}
+}
+
+// run corrects answers until the context ends. It begins with all of them, for what changed while no process was there.
+func (r *reviser) run(ctx context.Context) {
+	ctx = r.log.WithContext(ctx)
+	var forgotten time.Time
+	for ctx.Err() == nil {
+		next, err := r.round(ctx)
+		if err != nil && ctx.Err() == nil {
+			r.log.Err(err).Msg("Failed to correct answers, trying again")
+			next = reviseRetry
+		}
+		if now := r.clock(); now.Sub(forgotten) > forgetEvery {
+			forgotten = now
+			if err = r.records.forget(ctx, now.Add(-answersStayTrue)); err != nil && ctx.Err() == nil {
+				r.log.Err(err).Msg("Failed to forget old answers")
+			}
+		}
+		timer := time.NewTimer(next)
+		select {
+		case <-ctx.Done():
+		case <-r.wake:
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// round looks at what may have changed, says aloud what has become worse, and makes the edits for which it is time. It says how long
+// there is nothing to do.
+func (r *reviser) round(ctx context.Context) (next time.Duration, err error) {
+	r.working.Lock()
+	defer r.working.Unlock()
+	everything, users, sessions := r.take()
+	changed, err := r.affected(ctx, everything, users, sessions)
+	if err == nil {
+		err = r.reconsider(ctx, changed)
+	}
+	if err != nil {
+		r.giveBack(everything, users, sessions)
+		return 0, err
+	}
+	if err = r.editDue(ctx); err != nil {
+		return 0, err
+	}
+	now := r.clock()
+	due, err := r.records.nextDue(ctx, now)
+	if err != nil {
+		return 0, err
+	}
+	next = forgetEvery
+	if !due.IsZero() {
+		next = min(next, due.Sub(now))
+	}
+	return next, nil
+}
+
+func (r *reviser) take() (everything bool, users map[id.UserID]struct{}, sessions map[id.SessionID]struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	everything, users, sessions = r.everything, r.users, r.sessions
+	r.everything, r.users, r.sessions = false, make(map[id.UserID]struct{}), make(map[id.SessionID]struct{})
+	return everything, users, sessions
+}
+
+func (r *reviser) giveBack(everything bool, users map[id.UserID]struct{}, sessions map[id.SessionID]struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.everything = r.everything || everything
+	for userID := range users {
+		r.users[userID] = struct{}{}
+	}
+	for sessionID := range sessions {
+		r.sessions[sessionID] = struct{}{}
+	}
+}
+
+// affected gives the answers whose verdicts may have changed.
+func (r *reviser) affected(ctx context.Context, everything bool, users map[id.UserID]struct{}, sessions map[id.SessionID]struct{}) ([]*record, error) {
+	if everything {
+		return r.records.list(ctx, getSinceQuery, r.clock().Add(-answersStayTrue).UnixMilli())
+	}
+	var all []*record
+	seen := make(map[id.EventID]bool)
+	collect := func(query string, key any) error {
+		found, err := r.records.list(ctx, query, key)
+		for _, rec := range found {
+			if !seen[rec.eventID] {
+				seen[rec.eventID] = true
+				all = append(all, rec)
+			}
+		}
+		return err
+	}
+	for userID := range users {
+		if err := collect(getOfOwnerQuery, userID); err != nil {
+			return nil, err
+		}
+	}
+	for sessionID := range sessions {
+		if err := collect(getOfSessionQuery, sessionID); err != nil {
+			return nil, err
+		}
+	}
+	return all, nil
+}
+
+// reconsider reviews the answers, notes which are to be corrected when, and says aloud what has become worse.
+func (r *reviser) reconsider(ctx context.Context, candidates []*record) error {
+	now := r.clock()
+	newest := make(map[warning]*record)
+	verdicts := make(map[id.EventID]cryptohook.Verdict)
+	for _, rec := range candidates {
+		if now.Sub(rec.toldAt) > answersStayTrue {
+			continue
+		}
+		verdict, err := r.review(ctx, rec.verdict, rec.sender)
+		if err != nil {
+			return err
+		}
+		if err = r.plan(ctx, rec, verdict); err != nil {
+			return err
+		}
+		if rec.answerID == "" || !worse(rec.verdict.Code, verdict.Code) {
+			continue
+		}
+		key := warning{rec.roomID, rec.sender, verdict.Code, verdict.MasterKey}
+		if known := newest[key]; known == nil || rec.toldAt.After(known.toldAt) {
+			newest[key], verdicts[rec.eventID] = rec, verdict
+		}
+	}
+	for key, rec := range newest {
+		if err := r.warn(ctx, key, rec, verdicts[rec.eventID]); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// plan notes when an answer is to be corrected, or that it need not be after all.
+func (r *reviser) plan(ctx context.Context, rec *record, verdict cryptohook.Verdict) error {
+	switch {
+	case r.same(rec, verdict), r.beingAnswered(rec):
+		return r.records.setDue(ctx, rec, time.Time{})
+	case rec.answerID == "" && r.quiet(verdict):
+		return r.records.setVerdict(ctx, rec, verdict)
+	case !rec.due.IsZero():
+		return nil
+	}
+	due := r.clock()
+	if earliest := rec.editedAt.Add(editPause); earliest.After(due) {
+		due = earliest
+	}
+	return r.records.setDue(ctx, rec, due)
+}
+
+// beingAnswered says that the answer is on its way. When it is there, it is reviewed.
+func (r *reviser) beingAnswered(rec *record) bool { return rec.answerID == "" && !r.quiet(rec.verdict) }
+
+// same says that the verdict would be told in the same words.
+func (r *reviser) same(rec *record, verdict cryptohook.Verdict) bool {
+	return r.annotate(rec.verdict) == r.annotate(verdict) && explain(rec.verdict, rec.sender) == explain(verdict, rec.sender)
+}
+
+// warn says aloud that what was told about somebody's messages has become worse: once a room, sender and kind within a day.
+func (r *reviser) warn(ctx context.Context, w warning, newest *record, verdict cryptohook.Verdict) error {
+	said, err := r.records.wasSaid(ctx, w)
+	if err != nil || said {
+		return err
+	}
+	// It is not the answer to an event, so it carries no annotation.
+	content := noticeContent(warnOf(newest.verdict, verdict, newest.sender), nil)
+	eventID, sent := r.send(ctx, w.roomID, content, hashOf("warning", w.roomID, w.sender, w.code, w.masterKey))
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if sent {
+		r.log.Info().Stringer("room_id", w.roomID).Stringer("sender", w.sender).Str("code", string(w.code)).Stringer("warning_id", eventID).
+			Msg("Told a room that a sender's messages are worth less than it was told")
+	}
+	// What the homeserver refuses is not tried again either.
+	return r.records.noteSaid(ctx, w, r.clock())
+}
+
+// editDue corrects the answers for which it is time, those that have become worse first.
+func (r *reviser) editDue(ctx context.Context) error {
+	now := r.clock()
+	due, err := r.records.list(ctx, getDueQuery, now.UnixMilli(), dueAtOnce)
+	if err != nil {
+		return err
+	}
+	verdicts := make(map[id.EventID]cryptohook.Verdict, len(due))
+	for _, rec := range due {
+		if verdicts[rec.eventID], err = r.review(ctx, rec.verdict, rec.sender); err != nil {
+			return err
+		}
+	}
+	slices.SortStableFunc(due, func(a, b *record) int {
+		return cmp.Compare(loss(b.verdict.Code, verdicts[b.eventID].Code), loss(a.verdict.Code, verdicts[a.eventID].Code))
+	})
+	for _, rec := range due {
+		verdict := verdicts[rec.eventID]
+		switch {
+		case r.same(rec, verdict), r.beingAnswered(rec):
+			err = r.records.setDue(ctx, rec, time.Time{})
+		case !r.mayEdit(rec.roomID):
+			err = r.records.setDue(ctx, rec, now.Add(editPause))
+		default:
+			err = r.correct(ctx, rec, verdict)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mayEdit counts an edit in a room, or says that there were enough for now.
+func (r *reviser) mayEdit(roomID id.RoomID) bool {
+	now := r.clock()
+	recent := slices.DeleteFunc(r.edited[roomID], func(at time.Time) bool { return now.Sub(at) >= editPause })
+	if len(recent) >= editsPerRoom {
+		r.edited[roomID] = recent
+		return false
+	}
+	r.edited[roomID] = append(recent, now)
+	return true
+}
+
+// correct edits an answer, or gives it now that it is worth giving.
+func (r *reviser) correct(ctx context.Context, rec *record, verdict cryptohook.Verdict) error {
+	log := r.log.With().Stringer("room_id", rec.roomID).Stringer("event_id", rec.eventID).
+		Str("old_code", string(rec.verdict.Code)).Str("code", string(verdict.Code)).Logger()
+	var content *event.Content
+	if rec.answerID == "" {
+		content = answerContent(explain(verdict, rec.sender), r.annotate(verdict), replyTo(rec.eventID, rec.threadID))
+	} else {
+		content = editContent(rec.answerID, corrected(rec.verdict, verdict, rec.sender), r.annotate(verdict))
+	}
+	// The words are part of it: if they change between a crash and the next try, that is another event.
+	raw, err := json.Marshal(content)
+	if err != nil {
+		return fmt.Errorf("failed to marshal an answer: %w", err)
+	}
+	eventID, sent := r.send(log.WithContext(ctx), rec.roomID, content, hashOf("edit", rec.eventID, rec.edits, string(raw)))
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if !sent {
+		return r.records.exec(ctx, deleteRecordQuery, rec.eventID)
+	}
+	log.Info().Stringer("edit_id", eventID).Msg("Corrected an answer")
+	if rec.answerID == "" {
+		if err = r.records.setAnswer(ctx, rec, eventID); err != nil {
+			return err
+		}
+	} else {
+		rec.edits++
+	}
+	rec.editedAt = r.clock()
+	return r.records.setVerdict(ctx, rec, verdict)
+}
+
+// correctLate edits the answer to a message whose key has come late, at once. It says no when the message was never answered.
+func (r *reviser) correctLate(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) (answered bool, err error) {
+	r.working.Lock()
+	defer r.working.Unlock()
+	rec, err := r.records.get(ctx, evt.ID)
+	if err != nil || rec == nil || rec.answerID == "" {
+		return false, err
+	}
+	if r.same(rec, verdict) {
+		return true, nil
+	}
+	return true, r.correct(ctx, rec, verdict)
+}
+
+// forgetRoom drops the answers in a room that the bot has left.
+func (r *reviser) forgetRoom(ctx context.Context, roomID id.RoomID) error {
+	return r.records.exec(ctx, forgetRoomQuery, roomID)
+}
+
+// fromBest orders the codes by what a message is worth.
+var fromBest = []cryptohook.Code{
+	cryptohook.CodeVerified, cryptohook.CodeUnverifiedIdentity, cryptohook.CodeNotEncrypted,
+	cryptohook.CodeIdentityChanged, cryptohook.CodeAuthenticityNotGuaranteed,
+	cryptohook.CodeUnsignedDevice, cryptohook.CodeUnknownDevice, cryptohook.CodeUnableToDecrypt, cryptohook.CodeSentInClear,
+	cryptohook.CodeVerificationViolation, cryptohook.CodeSessionConflict, cryptohook.CodeMismatchedSender, cryptohook.CodeSessionRejected,
+}
+
+// loss is by how much a message is worth less now than it was; below zero it is worth more. What could not be read was worth nothing.
+func loss(before, now cryptohook.Code) int {
+	if before == cryptohook.CodeUnableToDecrypt {
+		return 0
+	}
+	return slices.Index(fromBest, now) - slices.Index(fromBest, before)
+}
+
+func worse(before, now cryptohook.Code) bool { return loss(before, now) > 0 }
+
+// hashOf makes a request's transaction ID from what makes it the same request.
+func hashOf(parts ...any) string {
+	text, err := json.Marshal(parts)
+	if err != nil {
+		text = fmt.Append(nil, parts...)
+	}
+	hash := sha256.Sum256(text)
+	return "sendertrust-" + hex.EncodeToString(hash[:16])
+}
