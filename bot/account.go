@@ -14,6 +14,7 @@ import (
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/crypto/signatures"
 	"maunium.net/go/mautrix/crypto/ssss"
+	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 
 	"sendertrust/cryptohook"
@@ -112,12 +113,18 @@ func (b *Bot) loginWithPassword(ctx context.Context, deviceID id.DeviceID) error
 
 // install hooks the client's encryption and words what may be wrong with the database.
 func (b *Bot) install(ctx context.Context) (err error) {
+	b.reviser = b.newReviser()
+	if err = b.reviser.records.Upgrade(ctx); err != nil {
+		return databaseError(fmt.Errorf("failed to upgrade the answers: %w", err))
+	}
 	b.hook, err = cryptohook.Install(ctx, b.client, cryptohook.Options{
 		DB:            b.db,
+		Owner:         b.owner,
 		PickleKey:     []byte(b.config.Encryption.PickleKey.Reveal()),
 		KeyWait:       max(b.config.Encryption.Wait, time.Millisecond),
 		Requirement:   cryptohook.TrustRequirement(b.config.Trust.Requirement),
 		VerifiedUsers: b.config.Trust.VerifiedUsers,
+		OnChange:      b.reviser.changed,
 	})
 	switch {
 	case errors.Is(err, cryptohook.ErrPickleKey):
@@ -192,6 +199,11 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 	default:
 		return setupError("the account %s has an encryption identity (master key %s) whose secret keys the bot does not have: write its recovery key into account.recovery_key, or set account.reset_identity to true to replace it (then everybody who verified the account has to verify it anew)", b.client.UserID, masterKey)
 	}
+	if b.hasRecoveryKey() {
+		if err = b.restoreBackupKey(ctx); err != nil {
+			b.log.Warn().Err(err).Msg("Not looking for missing keys in the account's key backup")
+		}
+	}
 	return b.signOwnDevice(ctx)
 }
 
@@ -227,18 +239,43 @@ func (b *Bot) signOwnDevice(ctx context.Context) error {
 	return nil
 }
 
-// restoreIdentity gets the secret keys of the identity that the account has, by its recovery key.
-func (b *Bot) restoreIdentity(ctx context.Context, masterKey id.Ed25519) error {
-	mach := b.hook.Machine()
-	keyID, keyData, err := mach.SSSS.GetDefaultKeyData(ctx)
+// openSecrets opens the account's secret storage with the recovery key.
+func (b *Bot) openSecrets(ctx context.Context) (*ssss.Key, error) {
+	keyID, keyData, err := b.hook.Machine().SSSS.GetDefaultKeyData(ctx)
 	if errors.Is(err, mautrix.MNotFound) || errors.Is(err, ssss.ErrNoDefaultKeyAccountDataEvent) {
-		return setupError("account.recovery_key: the account keeps no secrets on the server that a recovery key could open; set account.reset_identity to true to make a new identity")
+		return nil, setupError("account.recovery_key: the account keeps no secrets on the server that a recovery key could open; set account.reset_identity to true to make a new identity")
 	} else if err != nil {
-		return fmt.Errorf("failed to look for the account's secret storage: %w", err)
+		return nil, fmt.Errorf("failed to look for the account's secret storage: %w", err)
 	}
 	key, err := keyData.VerifyRecoveryKey(keyID, b.config.Account.RecoveryKey.Reveal())
 	if err != nil {
-		return setupError("account.recovery_key: it does not open the account's secret storage (%w)", err)
+		return nil, setupError("account.recovery_key: it does not open the account's secret storage (%w)", err)
+	}
+	return key, nil
+}
+
+// restoreBackupKey gets the key of the account's key backup from the secret storage, at every start: another device may have made the
+// backup since. Without it the bot works as well; it just cannot look up keys that it misses.
+func (b *Bot) restoreBackupKey(ctx context.Context) error {
+	key, err := b.openSecrets(ctx)
+	if err != nil {
+		return err
+	}
+	backupKey, err := b.hook.Machine().SSSS.GetDecryptedAccountData(ctx, event.AccountDataMegolmBackupKey, key)
+	if errors.Is(err, mautrix.MNotFound) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("failed to fetch the key of the key backup: %w", err)
+	}
+	return b.hook.SetBackupKey(ctx, backupKey)
+}
+
+// restoreIdentity gets the secret keys of the identity that the account has, by its recovery key.
+func (b *Bot) restoreIdentity(ctx context.Context, masterKey id.Ed25519) error {
+	mach := b.hook.Machine()
+	key, err := b.openSecrets(ctx)
+	if err != nil {
+		return err
 	}
 	if err = mach.FetchCrossSigningKeysFromSSSS(ctx, key); err != nil {
 		return fmt.Errorf("failed to fetch the identity's secret keys: %w", err)

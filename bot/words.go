@@ -87,9 +87,7 @@ func explainCode(v cryptohook.Verdict, sender id.UserID) text {
 			"The server says that " + name + " sent this, but the account has no device with the keys that were used. It may have been logged out since.",
 			"Do not rely on this message. Ask " + name + " to send it again."}
 	case cryptohook.CodeAuthenticityNotGuaranteed:
-		return text{signCaution, "It cannot be proven who sent this.",
-			"The key to this message did not come from its sender, but from a backup or somebody else, or from a device that is not the one it claims to be. The server says that " + name + " sent it.",
-			"Treat it as hearsay. Ask " + name + " to send it again if it matters."}
+		return hearsay(v, name)
 	case cryptohook.CodeMismatchedSender:
 		return mismatched(v, name)
 	case cryptohook.CodeSessionConflict:
@@ -112,6 +110,47 @@ func explainCode(v cryptohook.Verdict, sender id.UserID) text {
 			"Switch encryption on in the room's settings if it matters who writes. Until then I stay quiet here; mention me to ask again."}
 	}
 	return text{signWarning, "It is not known who sent this.", "This bot has no word for the case " + clip(string(v.Code)) + ".", "Do not rely on this message."}
+}
+
+// corrected words an answer that said something else before.
+func corrected(before, now cryptohook.Verdict, sender id.UserID) text {
+	words := explain(now, sender)
+	if former := explain(before, sender); former.headline != words.headline {
+		words.known += " (Corrected: this answer said “" + former.headline + "” before.)"
+	}
+	return words
+}
+
+// warnOf words a warning of its own: what was said about somebody's messages before holds no longer.
+func warnOf(before, now cryptohook.Verdict, sender id.UserID) text {
+	words := explain(now, sender)
+	words.known = "This is about earlier messages of " + clip(sender.String()) + " here, too. I said “" + explain(before, sender).headline +
+		"” about them, and that no longer holds; I am correcting my answers. " + words.known
+	return words
+}
+
+// hearsay words that the key to a message did not come from its sender: by which way it did, how much that is worth, and what to do.
+func hearsay(v cryptohook.Verdict, name string) text {
+	t := text{signCaution, "It cannot be proven who sent this.", "", "Treat it as hearsay. Ask " + name + " to send it again if it matters."}
+	switch v.Source {
+	case cryptohook.SourceBackup:
+		t.known = "The key to this message came from this bot's key backup on the server, not from its sender. The server could have put a key of its own there. It says that " + name + " sent this."
+	case cryptohook.SourceForwarded:
+		t.known = "The key to this message did not come from its sender, but from another device of this bot's own account, which has sent it on. That device is genuine; from whom it had the key is not proven. The server says that " + name + " sent this."
+		t.advice = "It is probably what it seems, but not proven. Ask " + name + " to send it again if it matters."
+	case cryptohook.SourceHistoryBundle:
+		giver := clip(v.SourceUser.String())
+		if giver == "" {
+			giver = "whoever invited this bot"
+		}
+		t.known = "The key to this message came from " + giver + ", together with the invitation to this room, not from its sender. That " + name + " sent it is the word of " + giver + " and of the server."
+		t.advice = "Believe it as far as you believe " + giver + ". Ask " + name + " to send it again if it matters."
+	case cryptohook.SourceImport:
+		t.known = "The key to this message came from a file, or was there before this bot could tell from whom it came. The server says that " + name + " sent this."
+	default:
+		t.known = "The key to this message came from a device that is not the one it claims to be, or in a way that is not known. The server says that " + name + " sent this."
+	}
+	return t
 }
 
 func mismatched(v cryptohook.Verdict, name string) text {

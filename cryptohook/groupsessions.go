@@ -15,6 +15,9 @@ import (
 
 // GetGroupSession hands out copies of what is staged, for exporting or decrypting moves a session's ratchet.
 func (u *unitOfWork) GetGroupSession(ctx context.Context, roomID id.RoomID, sessionID id.SessionID) (*crypto.InboundGroupSession, error) {
+	if importOf(ctx) != nil {
+		return nil, nil
+	}
 	if staged := u.stagedGroup(sessionID); staged != nil && staged.RoomID == roomID {
 		return u.copyGroup(staged)
 	}
@@ -77,12 +80,17 @@ func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.Inboun
 		if err := u.SQLCryptoStore.PutGroupSession(ctx, session); err != nil {
 			return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
 		}
+		if u.stored != nil {
+			if err := u.stored(ctx, session.ID()); err != nil {
+				return err
+			}
+		}
 		return with(ctx)
 	}
 	if u.stageGroupSession(ctx, session, put) {
 		return nil
 	}
-	return u.DB.DoTxn(ctx, nil, put)
+	return u.transaction(ctx, put)
 }
 
 func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.InboundGroupSession, put write) bool {
@@ -96,13 +104,22 @@ func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.Inbo
 	return true
 }
 
-// PutGroupSession stores a session, and what the way that it came says of its sender. Outside of receiving, that is not an
-// m.room_key: the session is from a backup, an import or a bundle, or it is our own.
+// PutGroupSession stores a session, and what the way that it came says of its sender. What is not an m.room_key that is being received
+// is from a backup, an import, a forwarder or a bundle, or it is our own.
 func (u *unitOfWork) PutGroupSession(ctx context.Context, session *crypto.InboundGroupSession) error {
-	if isReceiving(ctx) {
+	if isReceiving(ctx) && importOf(ctx) == nil {
 		return u.putGroupSession(ctx, session, nothing)
 	}
 	return u.putOther(ctx, session)
+}
+
+// writeBehind writes what is said of a session at once, or behind its staged state.
+func (u *unitOfWork) writeBehind(ctx context.Context, sessionID id.SessionID, w write) error {
+	if isReceiving(ctx) || u.stagedGroup(sessionID) != nil {
+		u.stage(w)
+		return nil
+	}
+	return u.transaction(ctx, w)
 }
 
 // nothing is the write that writes nothing.
@@ -229,23 +246,37 @@ func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.Sess
 			return false, fmt.Errorf("%w: %w", errStorage, err)
 		}
 	}
-	if known != (indexedEvent{}) {
+	switch {
+	case known != indexedEvent{}:
 		return known == seen, nil
-	} else if isDisputed(ctx) {
+	case seen == indexedEvent{}:
+		// Nobody in particular asks whether the index was used.
+		return true, nil
+	case isDisputed(ctx):
 		// Whoever comes first would take the index from whom it belongs to.
 		return true, nil
 	}
 	u.indices[key] = seen
 	u.writes = append(u.writes, func(ctx context.Context) error {
-		_, err := u.SQLCryptoStore.ValidateMessageIndex(ctx, sessionID, eventID, index, timestamp)
+		_, err := u.DB.Exec(ctx, insertMessageIndexQuery, sessionID, key.column(), eventID, timestamp)
 		return err
 	})
 	return true, nil
 }
 
-const getMessageIndexQuery = `SELECT event_id, timestamp FROM crypto_message_index WHERE session_id=$1 AND "index"=$2`
+const (
+	getMessageIndexQuery    = `SELECT event_id, timestamp FROM crypto_message_index WHERE session_id=$1 AND "index"=$2`
+	insertMessageIndexQuery = `
+		INSERT INTO crypto_message_index (session_id, "index", event_id, timestamp) VALUES ($1, $2, $3, $4)
+		ON CONFLICT (session_id, "index") DO NOTHING
+	`
+)
+
+// column is what the index is stored as. Its column has 32 bits with a sign, and a sender may begin to count where it likes: mautrix's
+// own statement fails there on PostgreSQL.
+func (m messageIndex) column() int32 { return int32(uint32(m.index)) }
 
 func (u *unitOfWork) storedIndex(ctx context.Context, key messageIndex) (stored indexedEvent, err error) {
-	err = u.DB.QueryRow(ctx, getMessageIndexQuery, key.sessionID, key.index).Scan(&stored.eventID, &stored.timestamp)
+	err = u.DB.QueryRow(ctx, getMessageIndexQuery, key.sessionID, key.column()).Scan(&stored.eventID, &stored.timestamp)
 	return stored, ignoreNoRows(err)
 }

@@ -76,6 +76,9 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 		}
 	}
 	v = h.anchor().verdict(evt.Sender, sessionID, claims, identity)
+	if err = h.nameSource(ctx, &v); err != nil {
+		return nil, v, 0, err
+	}
 	v.EventID, v.Outdated = e.eventID, awaits
 	switch v.Code {
 	case CodeSessionRejected, CodeMismatchedSender:
@@ -118,6 +121,9 @@ func (h *Hook) judgeUndecrypted(ctx context.Context, e *inboxEvent, sender id.Us
 		}
 	}
 	if left := h.options.KeyWait - h.clock().Sub(e.receivedAt); !final && left > 0 {
+		if code == CodeUnableToDecrypt {
+			h.search.want(e.roomID, v.SessionID, reason == ReasonUnknownIndex)
+		}
 		return left, nil
 	}
 	zerolog.Ctx(ctx).Debug().Err(failure).Msg("Failed to decrypt an event")

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"runtime/debug"
 	"time"
 
@@ -66,8 +67,9 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.E
 	case event.ToDeviceRoomKey.Type:
 		return nil, h.receiveRoomKey(receiving, decrypted)
 	case event.ToDeviceForwardedRoomKey.Type:
-		// Forwarded keys prove nothing about their sender, and we have not asked for any.
-		log.Debug().Msg("Ignoring a forwarded room key that was not asked for")
+		return nil, h.receiveForwarded(receiving, decrypted)
+	case bundleType, unstableBundleType:
+		h.receiveBundle(receiving, decrypted)
 		return nil, nil
 	}
 	passedOn := &event.Event{
@@ -139,11 +141,12 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 	}
 	h.uow.stage(func(ctx context.Context) (err error) {
 		// The sender's keys may have come since: what they changed does not know this session yet.
-		if guard != nil && known.outdated(h) {
-			if sender, err = h.deriveSender(ctx, session, olmEvent, true); err != nil {
+		if known.outdated(h) {
+			if sender, err = h.deriveSender(ctx, session, olmEvent, guard != nil); err != nil {
 				return err
 			}
 		}
+		h.tellAfterCommit(Change{Sessions: []id.SessionID{session.ID()}})
 		return h.mergeClaim(ctx, sender)
 	})
 	log.Debug().Str("state", string(sender.State)).Stringer("device_id", sender.DeviceID).Msg("Received a room key")
@@ -195,11 +198,12 @@ func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent)
 	if content.MaxMessages != 0 {
 		maxMessages = content.MaxMessages
 	}
-	return maxAge, maxMessages
+	return maxAge, min(maxMessages, math.MaxInt32) // more does not fit into mautrix's column
 }
 
-// deriveSender walks the steps without the network. Without the session's guard it only keeps what the message holds: who has
-// the guard, or the resolver after it, derives from that.
+// deriveSender walks the steps without the network. The session's guard is for what needs the network: without it, that is left to
+// whoever has it, and to the resolver after it. The steps are walked all the same, for what is known now may not be known any more
+// then: somebody else who claims the session must not keep its owner from being proven.
 func (h *Hook) deriveSender(ctx context.Context, session *crypto.InboundGroupSession, olmEvent *crypto.DecryptedOlmEvent, guarded bool) (*SenderData, error) {
 	now := h.clock()
 	d := derivation{
@@ -218,18 +222,16 @@ func (h *Hook) deriveSender(ctx context.Context, session *crypto.InboundGroupSes
 		}
 		d.embedded = embedded
 	}
-	if !guarded {
-		d.data.State, d.data.NextRetry = StateUnknownDevice, now
-		if d.embedded != nil {
-			d.data.State, d.data.DeviceID, d.data.DeviceKeys = StateDeviceInfo, olmEvent.SenderDeviceKeys.DeviceID, d.embedded
-		}
-		return &d.data, nil
-	}
 	var err error
 	if d.current, err = h.store.deviceListCurrent(ctx, olmEvent.Sender); err != nil {
 		return nil, err
 	}
-	return d.derive(ctx)
+	derived, err := d.derive(ctx)
+	if err == nil && !guarded && !derived.NextRetry.IsZero() {
+		// Who has the guard is about to look; so is the resolver after it.
+		derived.RetryCount, derived.NextRetry = 0, now
+	}
+	return derived, err
 }
 
 // holderOf gives who holds the session ID now: in what is staged, or in the database.
@@ -244,7 +246,7 @@ func (h *Hook) holderOf(ctx context.Context, sessionID id.SessionID) (*holder, e
 // session, makes room.
 func (h *Hook) storeDirect(ctx context.Context, session *crypto.InboundGroupSession, current *holder) error {
 	if current != nil {
-		existing, err := h.existing(ctx, session)
+		existing, err := h.existing(ctx, session.RoomID, session.ID())
 		if err != nil {
 			return err
 		}
@@ -262,9 +264,9 @@ func (h *Hook) storeDirect(ctx context.Context, session *crypto.InboundGroupSess
 	return nil
 }
 
-// existing gives the session that is stored under the same ID for the same room, or nil when its key was never there or is gone.
-func (h *Hook) existing(ctx context.Context, session *crypto.InboundGroupSession) (*crypto.InboundGroupSession, error) {
-	existing, err := h.uow.GetGroupSession(ctx, session.RoomID, session.ID())
+// existing gives the session that is stored under the ID for the room, or nil when its key was never there or is gone.
+func (h *Hook) existing(ctx context.Context, roomID id.RoomID, sessionID id.SessionID) (*crypto.InboundGroupSession, error) {
+	existing, err := h.uow.GetGroupSession(ctx, roomID, sessionID)
 	if errors.Is(err, crypto.ErrGroupSessionWithheld) {
 		return nil, nil
 	}
@@ -280,52 +282,35 @@ func connected(a, b *crypto.InboundGroupSession) bool {
 	return errA == nil && errB == nil && bytes.Equal(ratchetA, ratchetB)
 }
 
-// storeOther stores a session that did not come in an m.room_key. It never takes the place of one that another device brought,
-// nor of one that is not the same.
-func (h *Hook) storeOther(ctx context.Context, session *crypto.InboundGroupSession) error {
-	log := h.log.With().Stringer("session_id", session.ID()).Stringer("sender_key", session.SenderKey).Logger()
-	current, err := h.holderOf(ctx, session.ID())
-	if err != nil {
-		return err
-	}
-	held := current != nil && current.senderKey == session.SenderKey && current.roomID == session.RoomID
-	if session.KeySource == id.KeySourceDirect && !held && !h.uow.isOwn(session) {
-		return fmt.Errorf("%w: session %s of %s", ErrHookBypassed, session.ID(), session.SenderKey)
-	}
-	claim := h.otherClaim(session)
-	switch {
-	case current == nil:
-	case held:
-		existing, err := h.existing(ctx, session)
-		if err != nil {
-			return err
-		}
-		if existing != nil && !connected(existing, session) {
-			log.Error().Msg("An imported session has another ratchet than the one that is stored: keeping that one")
-			return nil
-		}
-		if session.KeySource == id.KeySourceDirect {
-			// mautrix has merged a better ratchet into a session that came directly: its claim stays what it is.
-			return h.uow.putGroupSession(ctx, session, nothing)
-		}
-	default:
-		log.Error().Stringer("other_sender_key", current.senderKey).Msg("An imported session claims the ID of one that another device brought: keeping the other")
-		if current.senderKey == session.SenderKey {
-			return nil
-		}
-		return h.mergeClaim(ctx, claim)
-	}
-	return h.uow.putGroupSession(ctx, session, func(ctx context.Context) error { return h.mergeClaim(ctx, claim) })
-}
-
 // mergeClaim stores what a key that has just been stored says. If the session was rejected, and this does not undo it, the key is
 // taken away again.
 func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
-	merged, err := h.store.mergeClaim(ctx, arrived)
-	if err != nil || merged.State != StateRejected {
+	proves, err := h.noteSignature(ctx, arrived)
+	if err != nil {
 		return err
 	}
-	return h.reject(ctx, merged)
+	merged, err := h.store.mergeClaim(ctx, arrived)
+	if err != nil {
+		return err
+	}
+	if merged.State == StateRejected {
+		return h.reject(ctx, merged)
+	}
+	if proves {
+		// What proves the device proves its other sessions.
+		change, err := h.judgeStored(ctx, []id.UserID{arrived.Sender}, nil)
+		h.tellAfterCommit(change)
+		return err
+	}
+	return nil
+}
+
+// noteSignature notes what has proven a session's device. It says whether that is news.
+func (h *Hook) noteSignature(ctx context.Context, arrived *SenderData) (bool, error) {
+	if arrived.signer == "" {
+		return false, nil
+	}
+	return h.store.putSignature(ctx, signature{arrived.Sender, arrived.SenderKey, arrived.SigningKey, arrived.signer})
 }
 
 // otherClaim is what is known of the sender of a session that did not come in an m.room_key: nothing, unless we made it.
@@ -335,12 +320,8 @@ func (h *Hook) otherClaim(session *crypto.InboundGroupSession) *SenderData {
 		SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
 		Source: sourceOf(session.KeySource), Legacy: true, State: StateUnknownDevice, ReceivedAt: now, UpdatedAt: now,
 	}
-	if !h.uow.isOwn(session) || session.KeySource != id.KeySourceDirect {
-		return claim
-	}
-	claim.Legacy, claim.Sender, claim.DeviceID, claim.State = false, h.client.UserID, h.client.DeviceID, StateDeviceInfo
-	if anchor := h.anchor(); anchor.masterKey != "" {
-		claim.State, claim.MasterKey, claim.signer = StateSenderVerified, anchor.masterKey, anchor.selfSigningKey
+	if h.uow.isOwn(session) && session.KeySource == id.KeySourceDirect {
+		h.claimOwn(claim)
 	}
 	return claim
 }

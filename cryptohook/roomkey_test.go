@@ -497,11 +497,11 @@ func TestUnsignedDeviceOfAVerifiedUserIsUnsigned(t *testing.T) {
 
 func TestLockTakenOnArrivalDropsNothing(t *testing.T) {
 	for _, embedded := range []bool{true, false} {
-		w, alice, _ := twoPeople(t)
+		w := newTrustWorld(t)
+		alice := newActor("@alice:test").addDevice("ALICE")
 		s := newMegolm(trustRoom)
 		guard := w.hook.sessions.TryLock(s.id())
-		evt := w.share(alice, s)
-		want := StateDeviceInfo
+		evt, want := w.share(alice, s), StateDeviceInfo
 		if !embedded {
 			evt, want = w.share(alice, s, withoutDeviceKeys), StateUnknownDevice
 		}
@@ -519,10 +519,24 @@ func TestLockTakenOnArrivalDropsNothing(t *testing.T) {
 		if worked, err := w.hook.resolver.pass(w.ctx); err != nil || worked {
 			t.Errorf("the resolver has worked on a session that somebody else holds (%v)", err)
 		}
+		w.server.add(alice.owner)
 		guard.Unlock()
 		w.resolve()
 		w.wantState(s, alice, StateSenderUnverified)
 	}
+}
+
+// Whoever claims a session first, and has us wait for keys that never come, does not keep its owner from being proven.
+func TestLockOfAnotherClaimantHoldsUpNoProof(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	s := newMegolm(trustRoom)
+	eve := newActor("@eve:silent.test").addDevice("EVE")
+	w.sync(syncPart{toDevice: []object{w.share(eve, s, withoutDeviceKeys)}})
+	if guard := w.hook.sessions.TryLock(s.id()); guard != nil {
+		t.Fatal("nobody waits for Eve's keys")
+	}
+	w.sync(syncPart{toDevice: []object{w.share(alice, s)}})
+	w.wantState(s, alice, StateSenderUnverified)
 }
 
 // sender_device_keys that are wrong in any of four ways: the whole event is refused (REFERENCE.md).

@@ -69,6 +69,8 @@ func sourceOf(source id.KeySource) Source {
 		return SourceForwarded
 	case id.KeySourceBackup:
 		return SourceBackup
+	case keySourceBundle:
+		return SourceHistoryBundle
 	default:
 		return SourceImport
 	}
@@ -135,13 +137,19 @@ func (sd *SenderData) deviceInfo() json.RawMessage {
 	return bare
 }
 
-// mergeSenderData decides between what is stored of a claim and what the same device's key brings now.
-// The more trusted one stays (seed: the existing row; REFERENCE of the Rust SDK: at equal trust the newer one), except
-// that only proof undoes a rejection.
+// mergeSenderData decides between what is stored of a claim and what the same device's key brings now. The ratchets that come with
+// them are compared apart from this: whoever has the better one, what is known of the session's sender stays known.
+//
+// The more trusted one stays, except that only proof undoes a rejection. At equal trust the reference keeps the stored one, unless a
+// better ratchet comes with the other. Here the newer one is taken if it came directly: it holds the sender's device keys as they are
+// now, and the signature that the older copy lacked would be lost with it if the device is deleted. By the same reason a copy that lacks
+// the signature does not take the place of one that has it. What somebody else exported never counts beside anything.
 func mergeSenderData(stored, arrived *SenderData) *SenderData {
 	switch {
 	case stored == nil:
 		return arrived
+	case arrived.Source != SourceDirect:
+		return stored
 	case stored.State == StateRejected && !arrived.State.proven():
 		return stored
 	case arrived.State == StateRejected:
@@ -150,11 +158,17 @@ func mergeSenderData(stored, arrived *SenderData) *SenderData {
 			return stored
 		}
 		return arrived
-	case stored.Source == SourceDirect && arrived.Source != SourceDirect && !arrived.State.proven():
-		return stored
 	case stored.State.rank() > arrived.State.rank():
+		return stored
+	case stored.State == arrived.State && stored.crossSigned() && !arrived.crossSigned():
 		return stored
 	default:
 		return arrived
 	}
+}
+
+// crossSigned says that the device keys that are kept name a signer besides the device itself.
+func (sd *SenderData) crossSigned() bool {
+	d := derivation{data: *sd}
+	return sd.DeviceKeys != nil && d.useDevice(sd.DeviceKeys) && d.crossSigned()
 }

@@ -106,6 +106,8 @@ type Verdict struct {
 	SessionID id.SessionID
 	// Source says how the session's key came to us.
 	Source Source
+	// SourceUser is who gave the key, for [SourceHistoryBundle]: all that is known of the sender is this user's word.
+	SourceUser id.UserID
 	// Legacy is true for sessions that came without any information about their sender.
 	Legacy bool
 	// Reason says why a message could not be decrypted, or how its sender does not match.
@@ -118,6 +120,19 @@ type Verdict struct {
 	Late bool
 	// ContentWithheld says that the event was not decrypted for the handler: its trust is below the requirement.
 	ContentWithheld bool
+}
+
+// mayComeLate says that the message may be decrypted yet, once a key comes. What is broken, or from another room, stays so.
+func (v Verdict) mayComeLate() bool {
+	if v.Code != CodeUnableToDecrypt || v.SessionID == "" {
+		return false
+	}
+	switch v.Reason {
+	case ReasonMalformed, ReasonWrongRoom, ReasonUnsupportedAlgorithm:
+		return false
+	default:
+		return true
+	}
 }
 
 // verdictKey is where a verdict hangs on its event. JSON cannot forge it: what comes from there is never an *attached.

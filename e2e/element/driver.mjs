@@ -35,6 +35,8 @@ const annotationKey = "dev.sendertrust.annotation";
 const defaultTimeout = 60_000;
 
 let client;
+/** The key of the account's secret storage, once this device has made one. */
+let recoveryKey;
 /** All events of all rooms that came by sync or were sent here, in that order. */
 const timeline = [];
 
@@ -198,6 +200,9 @@ const methods = {
             userId: session.user_id,
             deviceId: session.device_id,
             accessToken: session.access_token,
+            cryptoCallbacks: {
+                getSecretStorageKey: async ({ keys }) => [Object.keys(keys)[0], recoveryKey.privateKey],
+            },
             logger,
         });
         await client.initRustCrypto({ useIndexedDB: false });
@@ -231,6 +236,22 @@ const methods = {
             authUploadDeviceSigningKeys: authenticate(password),
         });
         return { master_key: await ownMasterKey() };
+    },
+
+    async setUpRecovery({ password, backup }) {
+        recoveryKey = await crypto().createRecoveryKeyFromPassphrase();
+        await crypto().bootstrapCrossSigning({ authUploadDeviceSigningKeys: authenticate(password) });
+        await crypto().bootstrapSecretStorage({
+            createSecretStorageKey: async () => recoveryKey,
+            setupNewSecretStorage: true,
+            setupNewKeyBackup: backup,
+        });
+        return { master_key: await ownMasterKey(), recovery_key: recoveryKey.encodedPrivateKey };
+    },
+
+    async invite({ room, user, share_history }) {
+        await client.invite(room, user, { shareEncryptedHistory: share_history });
+        return {};
     },
 
     async masterKey({ user }) {

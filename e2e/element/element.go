@@ -82,6 +82,22 @@ func (c *Client) ResetIdentity(ctx context.Context) (id.Ed25519, error) {
 	return c.masterKey(ctx, "resetIdentity", params{"password": c.password})
 }
 
+// SetUpRecovery gives the account a cross-signing identity and a secret storage, and a key backup if it is to have one, as Element does
+// for a new account. It returns the public master key and the recovery key.
+func (c *Client) SetUpRecovery(ctx context.Context, backup bool) (masterKey id.Ed25519, recoveryKey string, err error) {
+	var result struct {
+		MasterKey   id.Ed25519 `json:"master_key"`
+		RecoveryKey string     `json:"recovery_key"`
+	}
+	err = c.call(ctx, "setUpRecovery", params{"password": c.password, "backup": backup}, &result)
+	return result.MasterKey, result.RecoveryKey, err
+}
+
+// Invite invites a user to a room. With shareHistory it gives the keys of earlier messages (MSC4268), those that may be shared.
+func (c *Client) Invite(ctx context.Context, room id.RoomID, user id.UserID, shareHistory bool) error {
+	return c.call(ctx, "invite", params{"room": room, "user": user, "share_history": shareHistory}, nil)
+}
+
 // MasterKey asks the homeserver for the public master key of a user.
 func (c *Client) MasterKey(ctx context.Context, user id.UserID) (id.Ed25519, error) {
 	return c.masterKey(ctx, "masterKey", params{"user": user})
