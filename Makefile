@@ -17,16 +17,18 @@ demo: ## a conversation with the bot on a private homeserver; KEEP=1 leaves it r
 	@exec .cache/demo
 
 .PHONY: test
-test: ## all tests: units with the race detector, then Synapse, the bot as a process, and Element's crypto
-	@./e2e/setup.sh go synapse element >/dev/null
+test: ## all tests: units with the race detector, again on PostgreSQL, then Synapse, the bot as a process, and Element's crypto
+	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
+	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./cryptohook
 	$(GO) test -tags $(TAGS) -count 1 -p 1 -v -timeout 12m ./e2e/...
 
 .PHONY: test-unit
 test-unit: ## the tests that need no homeserver
-	@./e2e/setup.sh go >/dev/null
+	@./e2e/setup.sh go postgres >/dev/null
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
+	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./cryptohook
 
 .PHONY: fmt
 fmt:

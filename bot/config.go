@@ -23,7 +23,12 @@ import (
 	"go.mau.fi/zeroconfig"
 	"maunium.net/go/mautrix/crypto/utils"
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/cryptohook"
 )
+
+// Postgres is the value of database.type for a PostgreSQL server.
+const Postgres = "postgres"
 
 // The values of annotate.mode that this version knows.
 const (
@@ -67,8 +72,8 @@ type Config struct {
 	} `yaml:"account"`
 
 	Database struct {
-		Type string `yaml:"type"` // the name of dbutil's driver
-		URI  string `yaml:"uri"`
+		Type string `yaml:"type"` // the name of dbutil's driver for SQLite, or Postgres
+		URI  Secret `yaml:"uri"`  // a server's holds a password
 	} `yaml:"database"`
 
 	Encryption struct {
@@ -240,7 +245,7 @@ func (r *configReader) validate() {
 	if key := c.Account.RecoveryKey; key != "" && key != Generate && utils.DecodeBase58RecoveryKey(key.Reveal()) == nil {
 		r.fault(recoveryKey, `is not a recovery key; write the 48 letters and digits, in groups of four, that begin with "Es" (a passphrase does not do), or generate, or ""`)
 	}
-	r.checkDatabaseType()
+	r.checkDatabase()
 	if c.Encryption.PickleKey == "" {
 		r.fault(pickleKey, "is empty; write generate, and the program makes a key")
 	}
@@ -305,24 +310,33 @@ func isFullUserID(user id.UserID) bool {
 	return err == nil && localpart != "" && utf8.ValidString(localpart) && !strings.ContainsAny(localpart, " \t\r\n\x00")
 }
 
-var databaseTypes = []string{"sqlite3-fk-wal-fullsync", "sqlite3-fk-wal"}
+var sqliteTypes = []string{"sqlite3-fk-wal-fullsync", "sqlite3-fk-wal"}
 
-func (r *configReader) checkDatabaseType() {
+// checkDatabase finds out whether the type is known, and a server's URI one. Whether the server answers shows later.
+func (r *configReader) checkDatabase() {
+	const right = "write for example postgres://sendertrust:password@localhost/sendertrust"
 	database := r.config.Database
-	if database.Type == "postgres" {
-		r.fault("database.type", `"postgres" is not in this build, which lacks PostgreSQL support; write sqlite3-fk-wal-fullsync`)
+	if database.Type != Postgres {
+		r.checkChoice("database.type", database.Type, slices.Concat(sqliteTypes, []string{Postgres})...)
 		return
 	}
-	r.checkChoice("database.type", database.Type, databaseTypes...)
+	uri := database.URI.Reveal()
+	if !strings.HasPrefix(uri, "postgres://") && !strings.HasPrefix(uri, "postgresql://") {
+		r.fault("database.uri", "is not the URI of a PostgreSQL database; "+right)
+	} else if db, err := cryptohook.OpenPostgres(uri); err != nil {
+		r.fault("database.uri", "cannot be understood: %v; "+right, err)
+	} else {
+		_ = db.Close()
+	}
 }
 
 // checkDatabaseFile finds out whether the SQLite file can be written, and creates its folder if only that is missing.
 func (r *configReader) checkDatabaseFile() {
 	const key = "database.uri"
-	if r.misunderstood(key) || !slices.Contains(databaseTypes, r.config.Database.Type) {
+	if r.misunderstood(key) || !slices.Contains(sqliteTypes, r.config.Database.Type) {
 		return
 	}
-	file, err := sqliteFile(r.config.Database.URI)
+	file, err := sqliteFile(r.config.Database.URI.Reveal())
 	if err != nil {
 		r.fault(key, "%v; write for example file:data/sendertrust.db?_txlock=immediate", err)
 		return

@@ -197,8 +197,8 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"password null":          {"password: hunter2\n", "password: ~\n", "config.yaml: account.password: is missing, and account.access_token too; write one of the two"},
 		"passphrase as recovery": {`recovery_key: ""`, `recovery_key: hunter2 is my phrase`, `config.yaml: account.recovery_key: is not a recovery key; write the 48 letters and digits, in groups of four, that begin with "Es" (a passphrase does not do), or generate, or ""`},
 
-		"postgres":              {"sqlite3-fk-wal-fullsync", "postgres", `config.yaml: database.type: "postgres" is not in this build, which lacks PostgreSQL support; write sqlite3-fk-wal-fullsync`},
-		"unknown database":      {"sqlite3-fk-wal-fullsync", "mysql", `config.yaml: database.type: "mysql" is not one of the choices; write sqlite3-fk-wal-fullsync or sqlite3-fk-wal`},
+		"file for a server":     {"sqlite3-fk-wal-fullsync", "postgres", "config.yaml: database.uri: is not the URI of a PostgreSQL database; write for example postgres://sendertrust:password@localhost/sendertrust"},
+		"unknown database":      {"sqlite3-fk-wal-fullsync", "mysql", `config.yaml: database.type: "mysql" is not one of the choices; write sqlite3-fk-wal-fullsync, sqlite3-fk-wal or postgres`},
 		"no database file":      {`"file:data/bot.db?_txlock=immediate"`, `""`, "config.yaml: database.uri: names no file; write for example file:data/sendertrust.db?_txlock=immediate"},
 		"URI of a server":       {`"file:data/bot.db?_txlock=immediate"`, `postgres://bot:hunter2@x/y`, "config.yaml: database.uri: names no file; write for example file:data/sendertrust.db?_txlock=immediate"},
 		"bad escape":            {`"file:data/bot.db?_txlock=immediate"`, `"file:data/%zz"`, "config.yaml: database.uri: is not an SQLite URI; write for example file:data/sendertrust.db?_txlock=immediate"},
@@ -719,6 +719,26 @@ func TestMissingDatabaseFolderIsMadeForTheOwnerOnly(t *testing.T) {
 				t.Errorf("something was left in the folder: %v, %v", entries, err)
 			}
 		})
+	}
+}
+
+func TestServersURIIsReadAndNeverShown(t *testing.T) {
+	const server = "type: sqlite3-fk-wal-fullsync\n    uri: \"file:data/bot.db?_txlock=immediate\"\n"
+	const uri = "postgres://bot:hunter2@db.example.com/bot?sslmode=require"
+	t.Chdir(t.TempDir())
+	c := mustLoad(t, replaced(t, server, "type: postgres\n    uri: \""+uri+"\"\n"))
+	if c.Database.Type != Postgres || c.Database.URI.Reveal() != uri {
+		t.Errorf("read %s", c.Database.Type)
+	}
+	if shown := fmt.Sprintf("%v %+v", c.Database, c); strings.Contains(shown, "hunter2@") {
+		t.Errorf("shown: %s", shown)
+	}
+	for _, wrong := range []string{"postgres://bot:hunter2@db:port/bot", "postgres://bot:hunter2@%zz/bot", "host=db password=hunter2"} {
+		writeText(t, "config.yaml", replaced(t, server, "type: postgres\n    uri: \""+wrong+"\"\n"))
+		_, err := load(t, LoadOptions{})
+		if err == nil || !strings.HasPrefix(err.Error(), "config.yaml: database.uri: ") || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: %v", wrong, err)
+		}
 	}
 }
 

@@ -22,6 +22,23 @@ func (h *Hook) changed(change Change) {
 	}
 }
 
+// tellAfterCommit has a change told once the unit of work is durable that it is part of.
+func (h *Hook) tellAfterCommit(change Change) {
+	h.changesLock.Lock()
+	defer h.changesLock.Unlock()
+	h.changes.Users = append(h.changes.Users, change.Users...)
+	h.changes.Sessions = append(h.changes.Sessions, change.Sessions...)
+}
+
+// tellCommitted tells what has changed in the units of work that are durable now.
+func (h *Hook) tellCommitted() {
+	h.changesLock.Lock()
+	change := h.changes
+	h.changes = Change{}
+	h.changesLock.Unlock()
+	h.changed(change)
+}
+
 // Review gives the verdict that a message would get now, by the verdict that it got and the sender of its event. What does not
 // depend on the sender's keys stays as it was: plaintext stays plaintext, a repetition stays one. A message that could not be
 // decrypted comes to its handlers again once its key has come, so it stays as it was, too.
@@ -50,6 +67,9 @@ func (h *Hook) Review(ctx context.Context, told Verdict, sender id.UserID) (Verd
 		}
 	}
 	now := h.anchor().verdict(sender, told.SessionID, claims, identity)
+	if err = h.nameSource(ctx, &now); err != nil {
+		return told, err
+	}
 	now.EventID, now.ContentWithheld = told.EventID, told.ContentWithheld
 	// A list that was up to date when the verdict was given does not make it doubtful later.
 	now.Outdated = told.Outdated && awaits

@@ -35,9 +35,19 @@
 // recipient) could forge a message's text towards somebody who lacks the message's signature; Megolm's signature is checked here,
 // but it convinces nobody else. Stolen devices sign as well as owned ones.
 //
+// # How it stays true
+//
+// What is stored is judged again when anything about its sender is learnt, by whomever: a device is signed or a self-signing key is
+// replaced, an identity is verified ([Hook.Verify], a pin, another device of the account), reset, or its verification is withdrawn
+// ([Hook.WithdrawVerification]). A signature that was checked once stays evidence, whatever the server shows later. Whoever has told
+// somebody a verdict sets [Options].OnChange and asks [Hook.Review] what it would be now.
+//
 // # How not to misuse it
 //
 // Do not act on a message whose code you do not know, and treat events without a verdict as unproven. Handlers see an event at
-// least once: after a crash again, so make what they do repeatable. Do not call the machine's sync functions yourself, and do not
-// share the database with another process.
+// least once: after a crash again, so make what they do repeatable. Do not call the machine's sync functions yourself.
+//
+// One process works with a database; [Install] sees to that. Where another may stand by, on PostgreSQL, call [Own] before you log in, give
+// what it returns to Install, and begin anew there when Run ends with [ErrNotOwner]. Other tables in the same database are safe only if
+// you write them through the same [dbutil.Database].
 package cryptohook

@@ -22,8 +22,12 @@ import (
 // Options are the settings of [Install]. DB and PickleKey are required.
 type Options struct {
 	// DB holds mautrix's crypto and state tables and the hook's own. It belongs to one process and one account. For SQLite use
-	// the driver sqlite3-fk-wal-fullsync: without full sync a power failure may take the last messages' keys.
+	// the driver sqlite3-fk-wal-fullsync: without full sync a power failure may take the last messages' keys. For PostgreSQL use
+	// [OpenPostgres].
 	DB *dbutil.Database
+	// Owner is this process's ownership of DB, if it was got before the login, as it should be where another process may stand by.
+	// Without it [Install] calls [Own], and Run releases the database.
+	Owner *Ownership
 	// PickleKey encrypts the keys in DB.
 	PickleKey []byte
 	// KeyWait is how long an event waits for its key before its handler is told that it cannot be decrypted. 25 s by default.
@@ -65,15 +69,21 @@ type Hook struct {
 	mach      *crypto.OlmMachine
 	uow       *unitOfWork
 	store     *store
+	owner     *Ownership
 	sessions  *SessionManager
 	resolver  *resolver
 	inbox     *inbox
+	search    *keySearch
+	bundles   *keyBundles
 	syncer    *syncer
 	transport *transport
 	// background are goroutines that answer other devices' requests.
 	background sync.WaitGroup
 	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.
 	kept []keptGuard
+	// changes are what is to be told once it is durable.
+	changesLock sync.Mutex
+	changes     Change
 	// learning and learnt count the times that storing something about users' keys began and ended: see knowledge.
 	learning, learnt atomic.Uint64
 }
@@ -113,8 +123,8 @@ var _ mautrix.CryptoHelper = (*Hook)(nil)
 // StateStore if it has none. Register handlers on client.Syncer after it. It makes no request.
 //
 // It proves by a self-test that room keys are intercepted, and fails with [ErrNoInterception] if not. See [ErrOtherAccount],
-// [ErrOtherDevice] and [ErrPickleKey] for what a database may be refused for.
-func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hook, error) {
+// [ErrOtherDevice] and [ErrPickleKey] for what a database may be refused for, and [Own] if the options have no owner of it.
+func Install(ctx context.Context, client *mautrix.Client, options Options) (hook *Hook, err error) {
 	if client.UserID == "" || client.DeviceID == "" || client.AccessToken == "" {
 		return nil, ErrNotLoggedIn
 	}
@@ -127,21 +137,37 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (*Hoo
 	if options.Clock == nil {
 		options.Clock = time.Now
 	}
-	if err := selfTest(ctx); err != nil {
+	if err = selfTest(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoInterception, err)
 	}
+	owner := options.Owner
+	if owner == nil {
+		if owner, err = Own(client.Log.WithContext(ctx), options.DB); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, owner.Release())
+			}
+		}()
+	}
 	h := &Hook{
-		client: client, options: options, clock: options.Clock, sessions: NewSessionManager(),
+		client: client, options: options, clock: options.Clock, owner: owner, sessions: NewSessionManager(),
 		log: client.Log,
 	}
 	stateStore, err := h.openStores(ctx)
 	if err != nil {
 		return nil, err
 	}
-	h.resolver, h.inbox = newResolver(h), newInbox(h)
-	if h.inbox.lastSeq, err = h.store.lastSeq(ctx); err != nil {
+	h.resolver, h.inbox, h.search, h.bundles = newResolver(h), newInbox(h), newKeySearch(h), newKeyBundles(h)
+	if err = h.search.load(ctx); err != nil {
+		return nil, err
+	}
+	lastSeq, err := h.store.lastSeq(ctx)
+	if err != nil {
 		return nil, fmt.Errorf("failed to read the inbox: %w", err)
 	}
+	h.inbox.lastSeq.Store(lastSeq)
 	h.mach = crypto.NewOlmMachine(client, &h.log, h.uow, stateStore)
 	// The hook asks for keys itself, beside decryption; and it has its own record of message indices.
 	h.mach.DisableDecryptKeyFetching = true
@@ -177,6 +203,7 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 		return nil, fmt.Errorf("failed to upgrade the crypto store: %w", err)
 	}
 	h.store = newStore(db, dbLog)
+	h.store.owner = h.owner
 	if err := h.store.Upgrade(ctx); err != nil {
 		return nil, fmt.Errorf("failed to upgrade the sender data: %w", err)
 	}
@@ -184,7 +211,8 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 		return nil, err
 	}
 	h.uow = newUnitOfWork(cryptoStore)
-	h.uow.putOther = h.storeOther
+	h.uow.transaction = h.store.write
+	h.uow.putOther, h.uow.stored = h.storeOther, h.keyStored
 	return stateStore, nil
 }
 
@@ -197,6 +225,7 @@ func (h *Hook) takeOver() {
 	h.syncer = &syncer{DefaultSyncer: inner, hook: h}
 	h.syncer.OnEvent(h.client.StateStoreSyncHandler)
 	h.syncer.OnEventType(event.StateMember, h.mach.HandleMemberEvent)
+	h.syncer.OnEventType(event.StateMember, h.noteInvite)
 	h.syncer.OnEventType(event.StateHistoryVisibility, h.mach.HandleHistoryVisibility)
 
 	base := h.client.Client.Transport
@@ -220,16 +249,23 @@ func (h *Hook) takeOver() {
 func (h *Hook) Machine() *crypto.OlmMachine { return h.mach }
 
 // Run syncs until the context ends or syncing fails for good, then waits for everything that the hook started. After
-// [ErrUnitOfWorkBroken] a new Hook has to be installed; nothing is lost.
-func (h *Hook) Run(ctx context.Context) error {
-	if err := h.prepare(ctx); err != nil {
+// [ErrUnitOfWorkBroken] a new Hook has to be installed; nothing is lost. After [ErrNotOwner] the database has to be owned again
+// before that.
+func (h *Hook) Run(ctx context.Context) (err error) {
+	if h.options.Owner == nil {
+		defer func() { err = errors.Join(err, h.owner.Release()) }()
+	}
+	if err = h.prepare(ctx); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithCancel(ctx)
+	defer context.AfterFunc(h.owner.losing, cancel)()
 	var workers sync.WaitGroup
 	workers.Go(func() { h.resolver.run(ctx) })
 	workers.Go(func() { h.inbox.run(ctx) })
-	err := h.client.SyncWithContext(ctx)
+	workers.Go(func() { h.search.run(ctx) })
+	workers.Go(func() { h.bundles.run(ctx) })
+	err = h.client.SyncWithContext(ctx)
 	ended := ctx.Err()
 	cancel()
 	workers.Wait()
@@ -238,6 +274,9 @@ func (h *Hook) Run(ctx context.Context) error {
 	// What was handled last need not be handled again. If this fails, it is, and recognised.
 	if flushErr := h.uow.flush(context.WithoutCancel(ctx)); flushErr != nil && err == nil {
 		err = flushErr
+	}
+	if lost := h.owner.Err(); lost != nil {
+		return lost
 	}
 	if ended != nil && !errors.Is(err, ErrUnitOfWorkBroken) {
 		return nil

@@ -26,16 +26,23 @@ var upgradeTable = dbutil.BuildUpgradeTable().WithFSPath(upgradeFiles, "upgrades
 // store is our tables, beside mautrix's own in the same database. Methods run in the transaction of their context, if any.
 type store struct {
 	*dbutil.Database
+	// owner is the process's ownership of the database; nil in tests, and while the tables are made.
+	owner *Ownership
 }
 
 func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
-	return &store{db.Child(versionTable, upgradeTable, log)}
+	return &store{Database: db.Child(versionTable, upgradeTable, log)}
 }
 
 // write runs fn in a transaction of its own. Writers come one after the other, on PostgreSQL too: what one reads is what the one
-// before it has committed.
+// before it has committed. A process that does not own the database any more gets [ErrNotOwner].
 func (s *store) write(ctx context.Context, fn func(ctx context.Context) error) error {
-	return s.DoTxn(ctx, nil, fn)
+	return s.DoTxn(ctx, nil, func(ctx context.Context) error {
+		if err := s.owner.fence(ctx, s.Database); err != nil {
+			return err
+		}
+		return fn(ctx)
+	})
 }
 
 func ignoreNoRows(err error) error {
@@ -71,17 +78,17 @@ const (
 			master_key=excluded.master_key, device_keys=excluded.device_keys, retry_count=excluded.retry_count,
 			next_retry_time_ms=excluded.next_retry_time_ms, updated_at_ms=excluded.updated_at_ms
 	`
-	// What a signature of today's self-signing key ($3) proves, whichever identity proved it before.
+	// What a signature of today's self-signing key ($3) proves, if $6 also of what another identity proved before.
 	rejudgeSignedQuery = `
 		UPDATE sendertrust_session SET state=$4, master_key=$2, updated_at_ms=$5
 		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
-		  AND (state<>$4 OR master_key<>$2) AND ` + signedToday + `
+		  AND (state<>$4 OR master_key<>$2) AND (master_key=$2 OR $6) AND ` + signedToday + `
 	`
 	// What an identity proved that is not today's.
 	rejudgeEarlierQuery = `
 		UPDATE sendertrust_session SET state=$4, updated_at_ms=$5
 		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
-		  AND master_key<>$2 AND state<>$4 AND NOT ` + signedToday + `
+		  AND master_key<>$2 AND state<>$4 AND NOT ($6 AND ` + signedToday + `)
 	`
 	// What today's identity proved by a self-signing key that it has replaced since, and does not prove by the new one.
 	rejudgeRotatedQuery = `
@@ -175,7 +182,7 @@ func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
 		}
 	}
 	for proof := range signed {
-		if err := s.putSignature(ctx, proof); err != nil {
+		if _, err := s.putSignature(ctx, proof); err != nil {
 			return err
 		}
 	}
@@ -190,10 +197,7 @@ func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderDat
 	}
 	merged := mergeSenderData(stored, arrived)
 	if merged == stored {
-		if arrived.signer == "" {
-			return stored, nil
-		}
-		return stored, s.putSignature(ctx, signature{arrived.Sender, arrived.SenderKey, arrived.SigningKey, arrived.signer})
+		return stored, nil
 	}
 	return merged, s.putClaim(ctx, merged)
 }
@@ -290,17 +294,18 @@ func (s *store) putIdentity(ctx context.Context, identity *Identity, now time.Ti
 // what today's self-signing key has signed, for what an earlier identity proved, and for what nothing proves any more. The
 // sessions that are not proven yet are walked through the steps again by the resolver.
 func (s *store) rejudge(ctx context.Context, identity *Identity, anchor trustAnchor, now time.Time) error {
-	judged := []struct {
-		query string
-		to    any
+	today, earlier, at := anchor.stateOf(identity.MasterKey, identity), anchor.stateOf("", identity), now.UnixMilli()
+	adopts := anchor.adopts(identity)
+	for _, pass := range []struct {
+		query  string
+		params []any
 	}{
-		{rejudgeSignedQuery, anchor.stateOf(identity.MasterKey, identity)},
-		{rejudgeEarlierQuery, anchor.stateOf("", identity)},
-		{rejudgeRotatedQuery, now.Add(firstBackoff).UnixMilli()},
-	}
-	for _, part := range judged {
-		_, err := s.Exec(ctx, part.query, identity.UserID, identity.MasterKey, identity.SelfSigningKey, part.to, now.UnixMilli())
-		if err != nil {
+		{rejudgeSignedQuery, []any{today, at, adopts}},
+		{rejudgeEarlierQuery, []any{earlier, at, adopts}},
+		{rejudgeRotatedQuery, []any{now.Add(firstBackoff).UnixMilli(), at}},
+	} {
+		params := append([]any{identity.UserID, identity.MasterKey, identity.SelfSigningKey}, pass.params...)
+		if _, err := s.Exec(ctx, pass.query, params...); err != nil {
 			return fmt.Errorf("failed to judge the sessions of %s anew: %w", identity.UserID, err)
 		}
 	}
@@ -369,12 +374,14 @@ const (
 	`
 )
 
-func (s *store) putSignature(ctx context.Context, proof signature) error {
-	_, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey)
+// putSignature notes a signature that was checked, and says whether it is new.
+func (s *store) putSignature(ctx context.Context, proof signature) (added bool, err error) {
+	result, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey)
 	if err != nil {
-		return fmt.Errorf("failed to store a signature: %w", err)
+		return false, fmt.Errorf("failed to store a signature: %w", err)
 	}
-	return nil
+	count, err := result.RowsAffected()
+	return count > 0, err
 }
 
 // signers implements [caches].
@@ -400,7 +407,7 @@ func (s *store) noteSignatures(ctx context.Context, userID id.UserID, selfSignin
 		if !signedBy(json.RawMessage(device.keys), userID, selfSigningKey) {
 			continue
 		}
-		if err = s.putSignature(ctx, signature{userID, device.senderKey, device.signingKey, selfSigningKey}); err != nil {
+		if _, err = s.putSignature(ctx, signature{userID, device.senderKey, device.signingKey, selfSigningKey}); err != nil {
 			return err
 		}
 	}
@@ -560,12 +567,16 @@ func (s *store) withheld(ctx context.Context, sessionID id.SessionID, sender id.
 
 const (
 	insertInboxQuery = `
-		INSERT INTO sendertrust_inbox (event_id, seq, room_id, room_encrypted, received_at_ms, event)
-		VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (event_id) DO NOTHING
+		INSERT INTO sendertrust_inbox (event_id, seq, room_id, room_encrypted, received_at_ms, event, told)
+		VALUES ($1, $2, $3, $4, $5, $6, false) ON CONFLICT (event_id) DO NOTHING
 	`
-	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL AND seq>$1 ORDER BY seq LIMIT $2`
+	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event, told FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL AND seq>$1 ORDER BY seq LIMIT $2`
 	markHandledQuery = `UPDATE sendertrust_inbox SET event=NULL WHERE event_id=$1`
 	pruneInboxQuery  = `DELETE FROM sendertrust_inbox WHERE event IS NULL AND received_at_ms<$1`
+	markLateQuery    = `UPDATE sendertrust_inbox SET told=true, late_session=$2 WHERE event_id=$1`
+	getLateQuery     = `SELECT event_id FROM sendertrust_inbox WHERE late_session=$1 ORDER BY seq`
+	wakeLateQuery    = `UPDATE sendertrust_inbox SET late_session=NULL, seq=$2 WHERE event_id=$1`
+	giveUpLateQuery  = `UPDATE sendertrust_inbox SET event=NULL, late_session=NULL WHERE late_session IS NOT NULL AND received_at_ms<$1`
 	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL`
 )
 
@@ -577,6 +588,8 @@ type inboxEvent struct {
 	roomEncrypted bool
 	receivedAt    time.Time
 	event         string
+	// told: the handler was told that the event cannot be decrypted.
+	told bool
 	// retryAt is when an event that has to wait is tried again without being woken.
 	retryAt time.Time
 }
@@ -584,7 +597,7 @@ type inboxEvent struct {
 func scanInboxEvent(row dbutil.Scannable) (*inboxEvent, error) {
 	var e inboxEvent
 	var received int64
-	err := row.Scan(&e.eventID, &e.seq, &e.roomID, &e.roomEncrypted, &received, &e.event)
+	err := row.Scan(&e.eventID, &e.seq, &e.roomID, &e.roomEncrypted, &received, &e.event, &e.told)
 	e.receivedAt = time.UnixMilli(received)
 	return &e, err
 }
@@ -609,6 +622,33 @@ func (s *store) pendingInbox(ctx context.Context, seq int64, limit int) ([]*inbo
 
 func (s *store) markHandled(ctx context.Context, eventID id.EventID) error {
 	_, err := s.Exec(ctx, markHandledQuery, eventID)
+	return err
+}
+
+// markLate keeps an event whose handler was told that it cannot be decrypted, until the session's key comes.
+func (s *store) markLate(ctx context.Context, eventID id.EventID, sessionID id.SessionID) error {
+	_, err := s.Exec(ctx, markLateQuery, eventID, sessionID)
+	return err
+}
+
+// wakeLate puts the events that wait for the session's key behind those that came meanwhile; next gives their new numbers.
+func (s *store) wakeLate(ctx context.Context, sessionID id.SessionID, next func() int64) error {
+	rows, err := s.Query(ctx, getLateQuery, sessionID)
+	events, err := dbutil.NewRowIterWithError(rows, dbutil.ScanSingleColumn[id.EventID], err).AsList()
+	if err != nil {
+		return fmt.Errorf("failed to look for events that wait for session %s: %w", sessionID, err)
+	}
+	for _, eventID := range events {
+		if _, err = s.Exec(ctx, wakeLateQuery, eventID, next()); err != nil {
+			return fmt.Errorf("failed to wake event %s: %w", eventID, err)
+		}
+	}
+	return nil
+}
+
+// giveUpLate forgets events from before that time whose keys have not come.
+func (s *store) giveUpLate(ctx context.Context, before time.Time) error {
+	_, err := s.Exec(ctx, giveUpLateQuery, before.UnixMilli())
 	return err
 }
 

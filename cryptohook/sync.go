@@ -59,12 +59,15 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 		return err
 	}
 	h.unlockKept(true)
+	h.tellCommitted()
 	if tracked, err := h.uow.FilterTrackedUsers(ctx, changed); err != nil {
 		zerolog.Ctx(ctx).Err(err).Msg("Failed to look up which changed device lists matter")
 	} else {
 		h.resolver.ask(tracked...)
 	}
 	h.inbox.signal()
+	h.search.committed()
+	h.bundles.signal()
 	h.mach.MarkOlmHashSavePoint(ctx)
 	h.mach.HandleOTKCounts(ctx, &resp.DeviceOTKCount)
 	for _, evt := range postponed {
@@ -282,8 +285,7 @@ func (h *Hook) putInInbox(roomID id.RoomID, encrypted bool, evt *event.Event, no
 	if err != nil {
 		return fmt.Errorf("failed to marshal the event: %w", err)
 	}
-	h.inbox.lastSeq++
-	stored := &inboxEvent{eventID: evt.ID, seq: h.inbox.lastSeq, roomID: roomID, roomEncrypted: encrypted, receivedAt: now, event: string(raw)}
+	stored := &inboxEvent{eventID: evt.ID, seq: h.inbox.nextSeq(), roomID: roomID, roomEncrypted: encrypted, receivedAt: now, event: string(raw)}
 	h.uow.stage(func(ctx context.Context) error { return h.store.putInboxEvent(ctx, stored) })
 	return nil
 }

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/id"
 )
@@ -36,8 +37,12 @@ type unitOfWork struct {
 	gateHeld bool
 	// withoutGate takes the protection away, for the test that proves that it protects.
 	withoutGate bool
+	// transaction runs the writes: see [store.write].
+	transaction func(ctx context.Context, fn func(ctx context.Context) error) error
 	// putOther stores a session that did not come in an m.room_key.
 	putOther func(ctx context.Context, session *crypto.InboundGroupSession) error
+	// stored is part of storing a Megolm session: events may wait for its key.
+	stored func(ctx context.Context, sessionID id.SessionID) error
 	// fault, if set, is called between the writes of a flush. Tests stop the world there.
 	fault func(at string) error
 
@@ -102,8 +107,11 @@ func isDisputed(ctx context.Context) bool { return ctx.Value(disputedKey) != nil
 func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 	u := &unitOfWork{
 		SQLCryptoStore: store,
-		olm:            make(map[id.SenderKey][]*olmRecord),
-		byPointer:      make(map[*crypto.OlmSession]*olmRecord),
+		transaction: func(ctx context.Context, fn func(ctx context.Context) error) error {
+			return store.DB.DoTxn(ctx, nil, fn)
+		},
+		olm:       make(map[id.SenderKey][]*olmRecord),
+		byPointer: make(map[*crypto.OlmSession]*olmRecord),
 	}
 	u.clear()
 	return u
@@ -175,7 +183,11 @@ func (u *unitOfWork) flush(ctx context.Context) error {
 	} else if len(u.writes) == 0 && len(u.dirtyOlm) == 0 && u.account == nil {
 		return nil
 	}
-	err := u.DB.DoTxn(context.WithoutCancel(ctx), nil, u.writeAll)
+	ctx = context.WithoutCancel(ctx)
+	err := u.transaction(ctx, func(ctx context.Context) error { return u.writeAll(ctx, asItIs) })
+	if isRefused(err) {
+		err = u.transaction(ctx, func(ctx context.Context) error { return u.writeAll(ctx, u.leaveOutRefused) })
+	}
 	if err != nil {
 		return fmt.Errorf("failed to commit the unit of work: %w", err)
 	}
@@ -200,7 +212,30 @@ const upsertAccountQuery = `
 		SET shared=excluded.shared, account=excluded.account, key_backup_version=excluded.key_backup_version
 `
 
-func (u *unitOfWork) writeAll(ctx context.Context) error {
+// asItIs runs one write.
+func asItIs(ctx context.Context, w write) error { return w(ctx) }
+
+// leaveOutRefused runs one write, and goes on without it if PostgreSQL does not take what is in it. Strangers' texts and numbers are
+// checked where they come in; one that is overlooked must not keep everything else from being stored, for ever.
+func (u *unitOfWork) leaveOutRefused(ctx context.Context, w write) error {
+	if _, err := u.DB.Exec(ctx, "SAVEPOINT one_write"); err != nil {
+		return err
+	}
+	refused := w(ctx)
+	end := "RELEASE SAVEPOINT one_write"
+	if isRefused(refused) {
+		zerolog.Ctx(ctx).Err(refused).Msg("The database refuses something that a stranger has sent; going on without it")
+		end, refused = "ROLLBACK TO SAVEPOINT one_write", nil
+	}
+	if refused != nil {
+		return refused
+	}
+	_, err := u.DB.Exec(ctx, end)
+	return err
+}
+
+// writeAll writes everything that is staged, each thing that stands for itself by the function that is given.
+func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context, w write) error) error {
 	if err := u.at("begun"); err != nil {
 		return err
 	}
@@ -214,7 +249,10 @@ func (u *unitOfWork) writeAll(ctx context.Context) error {
 		return err
 	}
 	for _, record := range u.dirtyOlm {
-		_, err := u.DB.Exec(ctx, upsertOlmSessionQuery, record.sessionID, record.senderKey, record.pickle, record.created, record.encrypted, record.decrypted, u.AccountID)
+		err := each(ctx, func(ctx context.Context) error {
+			_, err := u.DB.Exec(ctx, upsertOlmSessionQuery, record.sessionID, record.senderKey, record.pickle, record.created, record.encrypted, record.decrypted, u.AccountID)
+			return err
+		})
 		if err != nil {
 			return fmt.Errorf("failed to store an Olm session: %w", err)
 		}
@@ -223,7 +261,7 @@ func (u *unitOfWork) writeAll(ctx context.Context) error {
 		return err
 	}
 	for _, write := range u.writes {
-		if err := write(ctx); err != nil {
+		if err := each(ctx, write); err != nil {
 			return err
 		}
 	}

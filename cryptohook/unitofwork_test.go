@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"path/filepath"
 	"reflect"
 	"runtime/pprof"
 	"strings"
@@ -76,7 +75,8 @@ func (w *logWatch) wait(t *testing.T) {
 // received the first, and was opened again since: nothing is in memory.
 func faultyStory(t *testing.T) (*story, *network, *receiver, *logWatch) {
 	t.Helper()
-	s := newStory(t, filepath.Join(t.TempDir(), "receiver.db"), 5)
+	sqliteOnly(t)
+	s := newStory(t, newDatabase(t), 5)
 	s.tell(s.peers[0], s.peers[3])
 	s.tell(s.peers[1], s.peers[0], s.peers[3], s.peers[2])
 	s.Syncs[1] = changed(s.Syncs[1], func(answer object) {
@@ -110,9 +110,9 @@ func faultyStory(t *testing.T) (*story, *network, *receiver, *logWatch) {
 // dumpFile is the dump of a database file, past the faults of the receiver's own connection.
 func dumpFile(t *testing.T, s *story) map[string]string {
 	t.Helper()
-	other := s.open(t, s.seed)
-	defer other.close()
-	return dump(other.db.RawDB)
+	other := must(openDatabase(safeDriver, s.seed))
+	defer other.Close()
+	return dump(other.RawDB)
 }
 
 func TestFailedCommitKeepsEverythingAndSendsNothing(t *testing.T) {
@@ -244,6 +244,9 @@ func (s *story) wantBroken(t *testing.T, net *network, r *receiver, before map[s
 	if !reflect.DeepEqual(dumpFile(t, s), before) {
 		t.Error("a part was written")
 	}
+	if err := r.owner.Release(); err != nil {
+		t.Error(err)
+	}
 	again := s.openWith(t, safeDriver, s.seed, 1, net)
 	defer again.close()
 	if err := s.feed(ctx, again); err != nil {
@@ -320,7 +323,7 @@ func TestEverybodyAtOnce(t *testing.T) {
 func everybodyAtOnce(t *testing.T, connections int) {
 	defer goleak.VerifyNone(t, goleak.IgnoreCurrent())
 	ctx := t.Context()
-	s := newStory(t, filepath.Join(t.TempDir(), "receiver.db"), 8)
+	s := newStory(t, newDatabase(t), 8)
 	s.tellAll(10)
 	s.encryptors = 5
 	net := s.network()
@@ -457,7 +460,7 @@ func newOlmPair(t *testing.T, s *story, r *receiver, p *peer) *crypto.OlmSession
 // unitWorld is a receiver without a story, and the store alone as another process would see it.
 func unitWorld(t *testing.T) (*story, *receiver, func() *unitOfWork) {
 	t.Helper()
-	s := newStory(t, filepath.Join(t.TempDir(), "receiver.db"), 2)
+	s := newStory(t, newDatabase(t), 2)
 	r := s.open(t, s.seed)
 	t.Cleanup(r.close)
 	return s, r, func() *unitOfWork {

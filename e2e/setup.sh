@@ -5,6 +5,7 @@
 #   e2e/setup.sh go         nothing to install in .cache: looks for Go and a C compiler (SQLite is compiled with it)
 #   e2e/setup.sh synapse    a Python environment with the homeserver; its directory is printed
 #   e2e/setup.sh element    Node modules with Element's crypto; their directory is printed
+#   e2e/setup.sh postgres   nothing in .cache: looks for the programs of PostgreSQL 14 or newer; their directory is printed
 #
 # What is installed already is left alone, which takes no time. What the system lacks is named with the command that installs it;
 # root gets it installed. Several runs at once wait for each other. Standard output has nothing but the directories.
@@ -62,6 +63,19 @@ provide() { # CHECK WHAT PACKAGE...
 has_go() { have go && [[ $(GOTOOLCHAIN=local go env GOVERSION) =~ ^go1\.([0-9]+) ]] && ((BASH_REMATCH[1] >= 21)); }
 has_cc() { have "${CC:-gcc}" && echo '#include <stdlib.h>' | "${CC:-gcc}" -E - >/dev/null 2>&1; }
 has_python() { have python3 && python3 -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
+# Debian does not put the server's programs on the PATH, for there may be several versions.
+postgres_programs() {
+  local dir version
+  for dir in $(ls -d /usr/lib/postgresql/*/bin /usr/pgsql-*/bin 2>/dev/null | sort -rV) "$(dirname "$(command -v initdb || echo /)")"; do
+    [[ -x $dir/initdb && -x $dir/postgres ]] || continue
+    version=$("$dir/postgres" --version | sed -n 's/^[^0-9]*\([0-9]\+\).*$/\1/p')
+    ((${version:-0} >= 14)) || continue
+    echo "$dir"
+    return
+  done
+  return 1
+}
+has_postgres() { postgres_programs >/dev/null; }
 has_node() { have npm && have node && node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)'; }
 
 setup_go() {
@@ -118,10 +132,15 @@ setup_element() {
   echo "$dir"
 }
 
-(($#)) || set -- go synapse element
+setup_postgres() {
+  provide has_postgres "the server of PostgreSQL 14 or newer" postgresql
+  postgres_programs
+}
+
+(($#)) || set -- go synapse element postgres
 for part; do
   case $part in
-    go | synapse | element) "setup_$part" ;;
-    *) fail "there is no '$part'; there are: go, synapse, element" ;;
+    go | synapse | element | postgres) "setup_$part" ;;
+    *) fail "there is no '$part'; there are: go, synapse, element, postgres" ;;
   esac
 done

@@ -76,7 +76,8 @@ CREATE TABLE sendertrust_inbox (
 	room_encrypted BOOLEAN NOT NULL,
 	received_at_ms BIGINT  NOT NULL,
 	event          TEXT,             -- JSON; null: handled
-	late_session   TEXT              -- the session whose key has not come in time: the handler was told so, and is called again when it comes
+	told           BOOLEAN NOT NULL, -- the handler was told that it cannot be decrypted, and is called again when it can
+	late_session   TEXT              -- the session whose key a told event still waits for
 );
 CREATE INDEX sendertrust_inbox_pending_idx ON sendertrust_inbox (seq) WHERE event IS NOT NULL AND late_session IS NULL;
 CREATE INDEX sendertrust_inbox_late_idx ON sendertrust_inbox (late_session) WHERE late_session IS NOT NULL;
@@ -93,14 +94,21 @@ CREATE TABLE sendertrust_withheld (
 );
 CREATE INDEX sendertrust_withheld_age_idx ON sendertrust_withheld (received_at_ms);
 
--- The sessions that our own other devices were asked for (m.room_key_request). Only what was asked for is taken.
+-- The sessions whose keys are looked for: in the backup, and by asking our own other devices (m.room_key_request). Only what was asked
+-- for is taken from those.
 CREATE TABLE sendertrust_key_request (
-	session_id TEXT   PRIMARY KEY,
-	room_id    TEXT   NOT NULL,
-	request_id TEXT   NOT NULL,
-	sent_at_ms BIGINT NOT NULL
+	session_id      TEXT    PRIMARY KEY,
+	room_id         TEXT    NOT NULL,
+	request_id      TEXT    NOT NULL, -- empty: nobody was asked yet
+	wanted_at_ms    BIGINT  NOT NULL,
+	looked_up_at_ms BIGINT  NOT NULL, -- in the backup; 0: never
+	asked_at_ms     BIGINT  NOT NULL, -- 0: never
+	due             BOOLEAN NOT NULL, -- the request is to be sent, or its cancellation if it is answered
+	answered        BOOLEAN NOT NULL  -- the key has come, in whatever way
 );
-CREATE INDEX sendertrust_key_request_age_idx ON sendertrust_key_request (sent_at_ms);
+CREATE INDEX sendertrust_key_request_age_idx ON sendertrust_key_request (wanted_at_ms);
+CREATE INDEX sendertrust_key_request_due_idx ON sendertrust_key_request (session_id) WHERE due;
+CREATE INDEX sendertrust_key_request_asked_idx ON sendertrust_key_request (session_id) WHERE request_id<>'' AND answered=false;
 
 -- The room key bundles (MSC4268) that are to be fetched.
 CREATE TABLE sendertrust_key_bundle (
@@ -114,6 +122,16 @@ CREATE TABLE sendertrust_key_bundle (
 
 	PRIMARY KEY (room_id, sender)
 );
+CREATE INDEX sendertrust_key_bundle_sender_idx ON sendertrust_key_bundle (sender, received_at_ms, room_id);
+CREATE INDEX sendertrust_key_bundle_age_idx ON sendertrust_key_bundle (received_at_ms);
+
+-- Who has invited us lately: only what they say of their rooms' history is looked at (MSC4268).
+CREATE TABLE sendertrust_invite (
+	room_id       TEXT   PRIMARY KEY,
+	inviter       TEXT   NOT NULL,
+	invited_at_ms BIGINT NOT NULL
+);
+CREATE INDEX sendertrust_invite_age_idx ON sendertrust_invite (invited_at_ms);
 
 -- How far the sessions from before the hook have got their claims.
 CREATE TABLE sendertrust_migration (
@@ -126,6 +144,5 @@ CREATE TABLE sendertrust_migration (
 CREATE TABLE sendertrust_owner (
 	id         INTEGER PRIMARY KEY, -- always 1
 	generation BIGINT  NOT NULL,
-	holder     TEXT    NOT NULL,    -- for people: host and process ID
-	heartbeat  BIGINT  NOT NULL     -- counts up while the owner lives
+	holder     TEXT    NOT NULL     -- for people: host and process ID
 );

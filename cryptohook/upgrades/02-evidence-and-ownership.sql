@@ -27,18 +27,25 @@ INSERT INTO sendertrust_signature (user_id, identity_key, signing_key, self_sign
 DROP INDEX sendertrust_session_retry_idx;
 CREATE INDEX sendertrust_session_retry_idx ON sendertrust_session (next_retry_time_ms, sender) WHERE next_retry_time_ms IS NOT NULL;
 
+ALTER TABLE sendertrust_inbox ADD COLUMN told BOOLEAN NOT NULL DEFAULT false;
 ALTER TABLE sendertrust_inbox ADD COLUMN late_session TEXT;
 DROP INDEX sendertrust_inbox_pending_idx;
 CREATE INDEX sendertrust_inbox_pending_idx ON sendertrust_inbox (seq) WHERE event IS NOT NULL AND late_session IS NULL;
 CREATE INDEX sendertrust_inbox_late_idx ON sendertrust_inbox (late_session) WHERE late_session IS NOT NULL;
 
 CREATE TABLE sendertrust_key_request (
-	session_id TEXT   PRIMARY KEY,
-	room_id    TEXT   NOT NULL,
-	request_id TEXT   NOT NULL,
-	sent_at_ms BIGINT NOT NULL
+	session_id      TEXT    PRIMARY KEY,
+	room_id         TEXT    NOT NULL,
+	request_id      TEXT    NOT NULL,
+	wanted_at_ms    BIGINT  NOT NULL,
+	looked_up_at_ms BIGINT  NOT NULL,
+	asked_at_ms     BIGINT  NOT NULL,
+	due             BOOLEAN NOT NULL,
+	answered        BOOLEAN NOT NULL
 );
-CREATE INDEX sendertrust_key_request_age_idx ON sendertrust_key_request (sent_at_ms);
+CREATE INDEX sendertrust_key_request_age_idx ON sendertrust_key_request (wanted_at_ms);
+CREATE INDEX sendertrust_key_request_due_idx ON sendertrust_key_request (session_id) WHERE due;
+CREATE INDEX sendertrust_key_request_asked_idx ON sendertrust_key_request (session_id) WHERE request_id<>'' AND answered=false;
 
 CREATE TABLE sendertrust_key_bundle (
 	room_id        TEXT   NOT NULL,
@@ -51,6 +58,15 @@ CREATE TABLE sendertrust_key_bundle (
 
 	PRIMARY KEY (room_id, sender)
 );
+CREATE INDEX sendertrust_key_bundle_sender_idx ON sendertrust_key_bundle (sender, received_at_ms, room_id);
+CREATE INDEX sendertrust_key_bundle_age_idx ON sendertrust_key_bundle (received_at_ms);
+
+CREATE TABLE sendertrust_invite (
+	room_id       TEXT   PRIMARY KEY,
+	inviter       TEXT   NOT NULL,
+	invited_at_ms BIGINT NOT NULL
+);
+CREATE INDEX sendertrust_invite_age_idx ON sendertrust_invite (invited_at_ms);
 
 CREATE TABLE sendertrust_migration (
 	name    TEXT    PRIMARY KEY,
@@ -61,6 +77,5 @@ CREATE TABLE sendertrust_migration (
 CREATE TABLE sendertrust_owner (
 	id         INTEGER PRIMARY KEY,
 	generation BIGINT  NOT NULL,
-	holder     TEXT    NOT NULL,
-	heartbeat  BIGINT  NOT NULL
+	holder     TEXT    NOT NULL
 );

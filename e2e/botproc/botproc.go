@@ -19,8 +19,12 @@ import (
 	"maunium.net/go/mautrix/id"
 )
 
-// ReadyMessage is what the bot logs when it answers.
-const ReadyMessage = "Bot is ready"
+const (
+	// ReadyMessage is what the bot logs when it answers.
+	ReadyMessage = "Bot is ready"
+	// StandByMessage is what it logs when another process has its database.
+	StandByMessage = "standing by until it is gone"
+)
 
 // Config is the bot's configuration as its YAML file has it.
 type Config = map[string]any
@@ -78,6 +82,24 @@ func ProjectRoot(ctx context.Context) (string, error) {
 
 // Start writes the configuration, starts the bot and waits until it is ready.
 func Start(ctx context.Context, options Options) (*Bot, error) {
+	bot, err := newBot(options)
+	if err != nil {
+		return nil, err
+	}
+	return bot, bot.Restart(ctx)
+}
+
+// StartStandBy is Start for a bot whose database another one has: it waits until the bot stands by.
+func StartStandBy(ctx context.Context, options Options) (*Bot, error) {
+	bot, err := newBot(options)
+	if err != nil {
+		return nil, err
+	}
+	return bot, bot.RestartStandBy(ctx)
+}
+
+// newBot writes the configuration.
+func newBot(options Options) (*Bot, error) {
 	bot := &Bot{UserID: options.UserID, options: options}
 	config := Config{
 		"homeserver": Config{"address": options.Homeserver},
@@ -97,7 +119,7 @@ func Start(ctx context.Context, options Options) (*Bot, error) {
 	if err = os.WriteFile(bot.ConfigPath(), written, 0o600); err != nil {
 		return nil, fmt.Errorf("failed to write the bot's configuration: %w", err)
 	}
-	return bot, bot.Restart(ctx)
+	return bot, nil
 }
 
 // ConfigPath is the bot's configuration file. The bot writes generated secrets into it.
@@ -107,7 +129,12 @@ func (b *Bot) ConfigPath() string { return filepath.Join(b.options.Dir, "config.
 func (b *Bot) DBPath() string { return filepath.Join(b.options.Dir, "sendertrust.db") }
 
 // Restart starts the bot after a stop, with the configuration and the database as they are, and waits until it is ready.
-func (b *Bot) Restart(ctx context.Context) error {
+func (b *Bot) Restart(ctx context.Context) error { return b.restart(ctx, ReadyMessage) }
+
+// RestartStandBy starts the bot after a stop, and waits until it stands by.
+func (b *Bot) RestartStandBy(ctx context.Context) error { return b.restart(ctx, StandByMessage) }
+
+func (b *Bot) restart(ctx context.Context, until string) error {
 	if b.process != nil {
 		if !b.process.ended() {
 			return errors.New("the bot is still running")
@@ -128,12 +155,12 @@ func (b *Bot) Restart(ctx context.Context) error {
 		run.err = run.cmd.Wait()
 		close(run.exited)
 	}()
-	err := run.waitForLine(ctx, ReadyMessage)
+	err := run.waitForLine(ctx, until)
 	if err == nil {
 		return nil
 	}
 	b.Kill()
-	return fmt.Errorf("the bot did not get ready: %w\n%s", err, b.Tail(20))
+	return fmt.Errorf("the bot did not get so far: %w\n%s", err, b.Tail(20))
 }
 
 // WaitForLog waits until the process that runs now has written a line that contains all the words.
@@ -193,6 +220,15 @@ func (b *Bot) Kill() {
 	_ = b.process.cmd.Process.Kill()
 	<-b.process.exited
 }
+
+// Pause stops the process where it is (SIGSTOP), and Resume has it go on (SIGCONT).
+func (b *Bot) Pause() error { return b.process.cmd.Process.Signal(syscall.SIGSTOP) }
+
+// Resume undoes [Bot.Pause].
+func (b *Bot) Resume() error { return b.process.cmd.Process.Signal(syscall.SIGCONT) }
+
+// PID is the process's ID.
+func (b *Bot) PID() int { return b.process.cmd.Process.Pid }
 
 // Running says whether the process is alive.
 func (b *Bot) Running() bool { return b.process != nil && !b.process.ended() }

@@ -73,7 +73,10 @@ func Start(cmd *exec.Cmd, log io.Writer) (*Process, error) {
 	if cmd.Stdout == nil {
 		cmd.Stdout = cmd.Stderr
 	}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if cmd.SysProcAttr == nil {
+		cmd.SysProcAttr = new(syscall.SysProcAttr)
+	}
+	cmd.SysProcAttr.Setpgid = true
 	cmd.WaitDelay = outputPatience
 	if err = cmd.Start(); err != nil {
 		return nil, fmt.Errorf("failed to start %s: %w", process, err)
