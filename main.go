@@ -50,7 +50,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	configPath := flags.String("c", "config.yaml", "the `file` with the settings")
 	writeExample := flags.Bool("e", false, "write an example of the settings to the file of -c (with -c -: to standard output), and exit")
 	readOnly := flags.Bool("n", false, "never write to the file with the settings")
-	checkOnly := flags.Bool("check", false, "check the settings and the connection to the homeserver, and exit")
+	checkOnly := flags.Bool("check", false, "check the settings, the database and the connection to the homeserver, say what is found, and exit")
 	showVersion := flags.Bool("v", false, "show the version, and exit")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return exitOK
@@ -82,7 +82,11 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 
 	b := bot.New(config, *log)
 	if *checkOnly {
-		if err = b.Check(ctx); err == nil {
+		found, err := b.Check(ctx)
+		for _, line := range found {
+			fmt.Fprintln(stdout, "sendertrust:", line)
+		}
+		if err == nil {
 			fmt.Fprintln(stdout, "sendertrust: the settings and the connection are fine")
 		}
 		return report(err, stderr)

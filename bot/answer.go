@@ -47,42 +47,119 @@ func (b *Bot) shield(code cryptohook.Code) cryptohook.Shield {
 }
 
 // answer replies to a person's message with what is known about its sender. The hook calls it for each room event, in the order
-// of the room, and again after a crash: the transaction ID makes a second answer the same event.
+// of the room, and again after a crash: the transaction ID makes a second answer the same event. It calls it once more for a message
+// whose key has come late: then the answer is corrected.
 func (b *Bot) answer(ctx context.Context, evt *event.Event) {
 	log := zerolog.Ctx(ctx)
 	verdict, judged := cryptohook.VerdictOf(evt)
-	if !judged || !b.isForUs(evt) {
+	if !judged || evt.Sender == b.client.UserID {
 		return
 	}
-	if verdict.Code == cryptohook.CodeNotEncrypted && !b.asksUs(evt) {
-		if said, err := b.hasSaidNotEncrypted(ctx, evt.RoomID); err != nil {
-			log.Warn().Err(err).Msg("Failed to look up whether the room was told that it is not encrypted")
-			return
-		} else if said {
+	if verdict.Late {
+		answered, err := b.reviser.correctLate(ctx, evt, verdict)
+		if err != nil {
+			log.Err(err).Msg("Failed to correct the answer to a message whose key came late")
+		}
+		if answered || err != nil {
 			return
 		}
 	}
-	if b.config.Annotate.Mode == ModeWarnings && b.shield(verdict.Code) == cryptohook.ShieldNone {
+	if !b.isForUs(evt) || b.roomWasTold(ctx, evt, verdict) {
 		return
 	}
-	words := explain(verdict, evt.Sender)
-	content := &event.Content{
-		Parsed: &event.MessageEventContent{
-			MsgType: event.MsgNotice, Body: words.plain(), Format: event.FormatHTML, FormattedBody: words.html(),
-			RelatesTo: replyTo(evt), Mentions: &event.Mentions{},
-		},
-		Raw: map[string]any{annotationKey: b.annotate(verdict)},
+	told, err := b.record(ctx, evt, verdict)
+	if err != nil {
+		// Better an answer that cannot be corrected than none.
+		log.Err(err).Msg("Failed to record an answer")
+	} else if told.answerID != "" {
+		return
 	}
+	if b.isQuiet(told.verdict) {
+		return
+	}
+	content := answerContent(explain(told.verdict, evt.Sender), b.annotate(told.verdict), replyTo(evt.ID, told.threadID))
 	answerID, sent := b.send(ctx, evt.RoomID, content, transactionID(evt.ID))
 	if !sent {
 		return
 	}
-	log.Info().Str("code", string(verdict.Code)).Stringer("session_id", verdict.SessionID).Stringer("answer_id", answerID).Msg("Answered")
-	if verdict.Code == cryptohook.CodeNotEncrypted {
-		if err := b.noteSaidNotEncrypted(ctx, evt.RoomID); err != nil {
+	log.Info().Str("code", string(told.verdict.Code)).Stringer("session_id", told.verdict.SessionID).Stringer("answer_id", answerID).Msg("Answered")
+	b.noteAnswer(ctx, told, answerID)
+}
+
+// roomWasTold says that nobody asks about a message in a room that is known not to be encrypted.
+func (b *Bot) roomWasTold(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) bool {
+	if verdict.Code != cryptohook.CodeNotEncrypted || b.asksUs(evt) {
+		return false
+	}
+	said, err := b.hasSaidNotEncrypted(ctx, evt.RoomID)
+	if err != nil {
+		zerolog.Ctx(ctx).Warn().Err(err).Msg("Failed to look up whether the room was told that it is not encrypted")
+	}
+	return said || err != nil
+}
+
+// record notes what is about to be told, and gives what is to be told: after a crash that is what was about to be told before. What
+// never changes is not noted.
+func (b *Bot) record(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) (*record, error) {
+	told := &record{
+		eventID: evt.ID, roomID: evt.RoomID, sender: evt.Sender, threadID: threadOf(evt), verdict: verdict, toldAt: b.clock(),
+	}
+	if verdict.Code == cryptohook.CodeNotEncrypted || verdict.Code == cryptohook.CodeSentInClear {
+		return told, nil
+	}
+	noted, err := b.reviser.records.add(ctx, told)
+	if err != nil || noted == nil {
+		return told, err
+	}
+	// Something may have changed between the verdict and now.
+	defer b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{noted.verdict.SessionID}})
+	return noted, nil
+}
+
+// noteAnswer notes that the answer was given.
+func (b *Bot) noteAnswer(ctx context.Context, told *record, answerID id.EventID) {
+	log := zerolog.Ctx(ctx)
+	switch told.verdict.Code {
+	case cryptohook.CodeNotEncrypted:
+		if err := b.noteSaidNotEncrypted(ctx, told.roomID); err != nil {
 			log.Warn().Err(err).Msg("Failed to note that the room was told that it is not encrypted")
 		}
+	case cryptohook.CodeSentInClear:
+	default:
+		if err := b.reviser.records.setAnswer(ctx, told, answerID); err != nil {
+			log.Err(err).Msg("Failed to record an answer")
+		}
+		b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{told.verdict.SessionID}})
 	}
+}
+
+// isQuiet says that a verdict is not worth an answer.
+func (b *Bot) isQuiet(v cryptohook.Verdict) bool {
+	return b.config.Annotate.Mode == ModeWarnings && b.shield(v.Code) == cryptohook.ShieldNone
+}
+
+// noticeContent is what the bot says to people.
+func noticeContent(words text, relation *event.RelatesTo) *event.Content {
+	return &event.Content{Parsed: &event.MessageEventContent{
+		MsgType: event.MsgNotice, Body: words.plain(), Format: event.FormatHTML, FormattedBody: words.html(),
+		RelatesTo: relation, Mentions: &event.Mentions{},
+	}}
+}
+
+// answerContent is what the bot says about one message: words for people, and the verdict for programs.
+func answerContent(words text, a annotation, relation *event.RelatesTo) *event.Content {
+	content := noticeContent(words, relation)
+	content.Raw = map[string]any{annotationKey: a}
+	return content
+}
+
+// editContent replaces an answer. https://spec.matrix.org/v1.16/client-server-api/#event-replacements
+func editContent(answerID id.EventID, words text, a annotation) *event.Content {
+	message := &event.MessageEventContent{
+		MsgType: event.MsgNotice, Body: words.plain(), Format: event.FormatHTML, FormattedBody: words.html(), Mentions: &event.Mentions{},
+	}
+	message.SetEdit(answerID)
+	return &event.Content{Parsed: message, Raw: map[string]any{"m.new_content": map[string]any{annotationKey: a}}}
 }
 
 // isForUs says whether the event is a message of a person: not the bot's own, not another bot's notice, no edit, no reaction.
@@ -113,10 +190,10 @@ func (b *Bot) asksUs(evt *event.Event) bool {
 }
 
 // replyTo relates an answer to the message, within the same thread if there is one.
-func replyTo(evt *event.Event) *event.RelatesTo {
-	reply := &event.RelatesTo{InReplyTo: &event.InReplyTo{EventID: evt.ID}}
-	if root := threadOf(evt); root != "" {
-		reply.Type, reply.EventID = event.RelThread, root
+func replyTo(eventID, threadID id.EventID) *event.RelatesTo {
+	reply := &event.RelatesTo{InReplyTo: &event.InReplyTo{EventID: eventID}}
+	if threadID != "" {
+		reply.Type, reply.EventID = event.RelThread, threadID
 	}
 	return reply
 }

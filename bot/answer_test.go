@@ -63,11 +63,12 @@ func TestOnlyMessagesOfPeopleAreAnswered(t *testing.T) {
 }
 
 func TestAnswerStaysInTheThread(t *testing.T) {
-	reply := replyTo(roomEvent(t, event.EventMessage, "@alice:example.org", `{"msgtype":"m.text","body":"hi","m.relates_to":{"rel_type":"m.thread","event_id":"$root"}}`))
+	replyToEvent := func(evt *event.Event) *event.RelatesTo { return replyTo(evt.ID, threadOf(evt)) }
+	reply := replyToEvent(roomEvent(t, event.EventMessage, "@alice:example.org", `{"msgtype":"m.text","body":"hi","m.relates_to":{"rel_type":"m.thread","event_id":"$root"}}`))
 	if reply.Type != event.RelThread || reply.EventID != "$root" || reply.InReplyTo.EventID != "$event" || reply.IsFallingBack {
 		t.Errorf("%+v", reply)
 	}
-	reply = replyTo(roomEvent(t, event.EventMessage, "@alice:example.org", `{"msgtype":"m.text","body":"hi"}`))
+	reply = replyToEvent(roomEvent(t, event.EventMessage, "@alice:example.org", `{"msgtype":"m.text","body":"hi"}`))
 	if reply.Type != "" || reply.EventID != "" || reply.InReplyTo.EventID != "$event" {
 		t.Errorf("%+v", reply)
 	}

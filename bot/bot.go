@@ -26,8 +26,12 @@ type Bot struct {
 	config *Config
 	log    zerolog.Logger
 	db     *dbutil.Database
+	owner  *cryptohook.Ownership
 	client *mautrix.Client
 	hook   *cryptohook.Hook
+	// reviser keeps the answers true.
+	reviser *reviser
+	clock   func() time.Time
 
 	// background are the joins that a slow server holds up.
 	background sync.WaitGroup
@@ -37,7 +41,7 @@ type Bot struct {
 
 // New makes a bot by its configuration. It does nothing until it runs.
 func New(config *Config, log zerolog.Logger) *Bot {
-	return &Bot{Output: os.Stderr, config: config, log: log}
+	return &Bot{Output: os.Stderr, config: config, log: log, clock: time.Now}
 }
 
 const (
@@ -46,12 +50,14 @@ const (
 )
 
 // Run works until the context ends. It returns [ErrSetup] when somebody has to change the configuration or the account first, and
-// goes on by itself after everything else that time may mend: a homeserver that is away, a database that fails.
+// goes on by itself after everything else that time may mend: a homeserver that is away, a database that fails. While another process
+// owns a database on PostgreSQL, it stands by.
 func (b *Bot) Run(ctx context.Context) error {
 	if err := b.openDatabase(); err != nil {
 		return err
 	}
 	defer b.closeDatabase()
+	defer b.release()
 	for wait := firstRestart; ; wait = min(2*wait, maxRestart) {
 		ready, err := b.session(ctx)
 		if ctx.Err() != nil {
@@ -72,8 +78,11 @@ func (b *Bot) Run(ctx context.Context) error {
 	}
 }
 
-// session logs in, installs the hook and syncs. It says whether it got as far as syncing.
+// session owns the database, logs in, installs the hook and syncs. It says whether it got as far as syncing.
 func (b *Bot) session(ctx context.Context) (ready bool, err error) {
+	if err = b.own(ctx); err != nil {
+		return false, err
+	}
 	if err = b.login(ctx); err != nil {
 		return false, err
 	}
@@ -92,12 +101,21 @@ func (b *Bot) session(ctx context.Context) (ready bool, err error) {
 		Stringer("user_id", b.client.UserID).Stringer("device_id", b.client.DeviceID).Stringer("master_key", b.ownMasterKey()).
 		Str("fingerprint", b.hook.Machine().Fingerprint()).
 		Msg("Bot is ready")
-	err = b.hook.Run(ctx)
-	b.background.Wait()
+	err = b.work(ctx)
 	if errors.Is(err, mautrix.MUnknownToken) {
 		return true, b.tokenRefused(err)
 	}
 	return true, err
+}
+
+// work syncs, and corrects answers beside it.
+func (b *Bot) work(ctx context.Context) error {
+	revising, stop := context.WithCancel(ctx)
+	b.background.Go(func() { b.reviser.run(revising) })
+	err := b.hook.Run(ctx)
+	stop()
+	b.background.Wait()
+	return err
 }
 
 // tokenRefused words what it means when the homeserver no longer knows the device. With a password the next session logs in again.
@@ -108,40 +126,27 @@ func (b *Bot) tokenRefused(err error) error {
 	return setupError("account.access_token: the homeserver does not know it any more: the device was logged out or deleted; log in anew, with a new database")
 }
 
-// Check says whether the bot could start: the configuration is valid already, the homeserver answers, and the token, if there is
-// one, is accepted. It changes nothing and does not log in.
-func (b *Bot) Check(ctx context.Context) error {
+// Check says whether the bot could start: the configuration is valid already, the database can be used, the homeserver answers, and the
+// token, if there is one, is accepted. It gives what it has found, a line each, changes nothing and does not log in.
+func (b *Bot) Check(ctx context.Context) (found []string, err error) {
+	database, err := b.checkDatabase(ctx)
+	if err != nil {
+		return nil, err
+	}
+	found = append(found, "database: "+database)
 	client, err := b.newClient()
 	if err != nil {
-		return err
+		return found, err
 	}
 	client.DefaultHTTPRetries = 0
 	client.Log = zerolog.Nop() // the error says it all
 	if _, err = client.Versions(ctx); err != nil {
-		return setupError("homeserver.address: no Matrix homeserver answers at %s (%w)", b.config.Homeserver.Address, err)
+		return found, setupError("homeserver.address: no Matrix homeserver answers at %s (%w)", b.config.Homeserver.Address, err)
 	}
+	found = append(found, "homeserver: "+b.config.Homeserver.Address+" answers")
 	if b.config.Account.AccessToken == "" {
-		return nil
+		return found, nil
 	}
 	b.client = client
-	return b.checkToken(ctx, b.config.Account.DeviceID)
-}
-
-const databaseOwner = "sendertrust"
-
-func (b *Bot) openDatabase() error {
-	db, err := dbutil.NewFromConfig(databaseOwner, dbutil.Config{
-		PoolConfig: dbutil.PoolConfig{Type: b.config.Database.Type, URI: b.config.Database.URI, MaxOpenConns: 5, MaxIdleConns: 2},
-	}, cryptohook.DatabaseLog(b.log))
-	if err != nil {
-		return setupError("database: %w", err)
-	}
-	b.db = db
-	return nil
-}
-
-func (b *Bot) closeDatabase() {
-	if err := b.db.Close(); err != nil {
-		b.log.Err(err).Msg("Failed to close the database")
-	}
+	return found, b.checkToken(ctx, b.config.Account.DeviceID)
 }

@@ -27,6 +27,10 @@ func (b *Bot) handleMember(ctx context.Context, evt *event.Event) {
 			return
 		}
 		b.join(ctx, evt.RoomID)
+	case evt.GetStateKey() == b.client.UserID.String() && (membership == event.MembershipLeave || membership == event.MembershipBan):
+		if err := b.reviser.forgetRoom(ctx, evt.RoomID); err != nil {
+			log.Err(err).Msg("Failed to forget the answers in a room that the bot is no longer in")
+		}
 	case evt.GetStateKey() != b.client.UserID.String() && (membership == event.MembershipLeave || membership == event.MembershipBan):
 		b.leaveIfAlone(ctx, evt.RoomID)
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -18,8 +19,10 @@ import (
 type inbox struct {
 	hook *Hook
 	wake chan struct{}
-	// lastSeq numbers the events; only the syncing goroutine touches it.
-	lastSeq int64
+	// lastSeq numbers the events.
+	lastSeq atomic.Int64
+	// keys counts the Megolm sessions that were stored.
+	keys atomic.Uint64
 
 	mu    sync.Mutex
 	rooms map[id.RoomID]*roomInbox
@@ -42,7 +45,9 @@ const (
 	loadAtOnce  = 200
 	keepHandled = 7 * 24 * time.Hour
 	pruneEvery  = time.Hour
-	flushRetry  = time.Second
+	// keepLate is how long an event whose key has not come in time waits on.
+	keepLate   = 24 * time.Hour
+	flushRetry = time.Second
 )
 
 func newInbox(hook *Hook) *inbox {
@@ -86,6 +91,9 @@ func (in *inbox) run(ctx context.Context) {
 			pruned = now
 			if err := in.hook.store.prune(ctx, now.Add(-keepHandled)); err != nil {
 				log.Err(err).Msg("Failed to forget old events")
+			}
+			if err := in.hook.store.giveUpLate(ctx, now.Add(-keepLate)); err != nil {
+				log.Err(err).Msg("Failed to give up events whose keys have not come")
 			}
 		}
 		events, err := in.load(ctx, loaded)
@@ -218,6 +226,7 @@ func (in *inbox) handle(ctx context.Context, e *inboxEvent) bool {
 	}
 	log = log.With().Stringer("sender", evt.Sender).Logger()
 	ctx = log.WithContext(ctx)
+	keys := in.keys.Load()
 	judged, verdict, wait, err := h.judge(ctx, e, evt)
 	if err == nil && wait == 0 {
 		// The message index has to be known for good before anybody acts on the message.
@@ -233,15 +242,41 @@ func (in *inbox) handle(ctx context.Context, e *inboxEvent) bool {
 		e.retryAt = h.clock().Add(wait)
 		return false
 	}
-	attach(judged, verdict)
-	h.dispatch(ctx, judged)
+	late := verdict.mayComeLate()
+	if verdict.Late = e.told; !e.told || !late {
+		attach(judged, verdict)
+		h.dispatch(ctx, judged)
+	}
 	if ctx.Err() != nil {
 		// The handler was cut short. It gets the event again.
 		return false
 	}
-	h.uow.stage(func(ctx context.Context) error { return h.store.markHandled(ctx, e.eventID) })
+	if late {
+		h.uow.stage(func(ctx context.Context) error { return h.keepLate(ctx, e, verdict.SessionID, keys) })
+	} else {
+		h.uow.stage(func(ctx context.Context) error { return h.store.markHandled(ctx, e.eventID) })
+	}
 	return true
 }
+
+// keepLate keeps an event until its key comes after all. If one has come since the event was judged, it is judged again at once.
+func (h *Hook) keepLate(ctx context.Context, e *inboxEvent, sessionID id.SessionID, keysBefore uint64) error {
+	if err := h.store.markLate(ctx, e.eventID, sessionID); err != nil {
+		return err
+	}
+	if h.inbox.keys.Load() == keysBefore {
+		return nil
+	}
+	return h.store.wakeLate(ctx, sessionID, h.inbox.nextSeq)
+}
+
+// wakeLate has the events looked at again that wait for a key of the session. It is part of storing the key.
+func (h *Hook) wakeLate(ctx context.Context, sessionID id.SessionID) error {
+	h.inbox.keys.Add(1)
+	return h.store.wakeLate(ctx, sessionID, h.inbox.nextSeq)
+}
+
+func (in *inbox) nextSeq() int64 { return in.lastSeq.Add(1) }
 
 func (h *Hook) dispatch(ctx context.Context, evt *event.Event) {
 	defer func() {

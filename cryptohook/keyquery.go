@@ -56,6 +56,7 @@ func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
 		return fmt.Errorf("failed to store the keys that users publish: %w", err)
 	}
 	h.resolver.judgeAgain(answered)
+	h.bundles.signal()
 	h.changed(Change{Users: answered})
 	return nil
 }

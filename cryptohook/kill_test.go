@@ -46,7 +46,9 @@ const killPlanVariable = "SENDERTRUST_TEST_KILL_PLAN"
 func TestMain(m *testing.M) {
 	plan := os.Getenv(killPlanVariable)
 	if plan == "" {
-		os.Exit(m.Run())
+		code := m.Run()
+		stopPostgres()
+		os.Exit(code)
 	}
 	if err := childMain([]byte(plan)); err != nil {
 		fmt.Fprintln(os.Stderr, "child:", err)
@@ -198,7 +200,7 @@ type killing struct {
 
 func newKilling(t *testing.T) *killing {
 	t.Helper()
-	k := &killing{t: t, story: newStory(t, filepath.Join(t.TempDir(), "seed.db"), 20)}
+	k := &killing{t: t, story: newStory(t, newDatabase(t), 20)}
 	k.story.tellAll(30)
 	k.file = filepath.Join(t.TempDir(), "story.json")
 	if err := os.WriteFile(k.file, rawJSON(k.story), 0o600); err != nil {
@@ -227,11 +229,7 @@ func (s *story) tellAll(syncs int) {
 // trial feeds children on a fresh copy of the database by the plans that next gives, until one completes. It gives what was
 // wrong in the end.
 func (k *killing) trial(next func() killPlan) error {
-	dir := k.t.TempDir()
-	database, log := filepath.Join(dir, "receiver.db"), filepath.Join(dir, "log")
-	if err := os.WriteFile(database, must(os.ReadFile(k.story.seed)), 0o600); err != nil {
-		k.t.Fatal(err)
-	}
+	database, log := copyDatabase(k.t, k.story.seed), filepath.Join(k.t.TempDir(), "log")
 	for {
 		plan := next()
 		plan.Story, plan.Database, plan.Log = k.file, database, log

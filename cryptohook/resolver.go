@@ -516,44 +516,58 @@ func (r *resolver) settle(users []id.UserID, before map[id.UserID]*attempt, answ
 // judgeUnproven walks the steps again for the unproven sessions of the users, in one transaction: a retry for the claims that were
 // tried, whose counts go up; for the others a look because something was learnt, which changes nothing if it leads nowhere. Sessions
 // of the same device share a walk.
-func (h *Hook) judgeUnproven(ctx context.Context, users []id.UserID, tried map[claimKey]struct{}) error {
+func (h *Hook) judgeUnproven(ctx context.Context, users []id.UserID, tried map[claimKey]struct{}) (err error) {
 	var change Change
-	err := h.store.write(ctx, func(ctx context.Context) error {
-		change = Change{}
-		var judged []*SenderData
-		for _, userID := range users {
-			unproven, err := h.store.sessions(ctx, getUnprovenOfQuery, userID)
-			if err != nil {
-				return err
-			}
-			walks := make(map[walkKey]*derivation)
-			for _, stored := range unproven {
-				_, retry := tried[claimKey{stored.SessionID, stored.SenderKey}]
-				derived, err := h.lookAgain(ctx, walks, stored)
-				if err != nil {
-					return err
-				}
-				learnt := derived.State != stored.State || derived.Reason != stored.Reason
-				if !retry && !learnt {
-					continue
-				}
-				if learnt {
-					change.Sessions = append(change.Sessions, stored.SessionID)
-				}
-				if derived.State == StateRejected {
-					if err = h.reject(ctx, derived); err != nil {
-						return err
-					}
-				}
-				judged = append(judged, derived)
-			}
-		}
-		return h.store.putClaims(ctx, judged)
+	err = h.store.write(ctx, func(ctx context.Context) (err error) {
+		change, err = h.judgeStored(ctx, users, tried)
+		return err
 	})
 	if err == nil {
 		h.changed(change)
 	}
 	return err
+}
+
+// judgeStored is judgeUnproven within a transaction. It gives what has changed.
+func (h *Hook) judgeStored(ctx context.Context, users []id.UserID, tried map[claimKey]struct{}) (change Change, err error) {
+	var judged []*SenderData
+	for _, userID := range users {
+		unproven, err := h.store.sessions(ctx, getUnprovenOfQuery, userID)
+		if err != nil {
+			return change, err
+		}
+		walks := make(map[walkKey]*derivation)
+		for _, stored := range unproven {
+			_, retry := tried[claimKey{stored.SessionID, stored.SenderKey}]
+			derived, err := h.lookAgain(ctx, walks, stored)
+			if err != nil {
+				return change, err
+			}
+			learnt := derived.State != stored.State || derived.Reason != stored.Reason
+			if !retry && !learnt {
+				continue
+			}
+			if learnt {
+				change.Sessions = append(change.Sessions, stored.SessionID)
+			}
+			if derived.State == StateRejected {
+				if err = h.reject(ctx, derived); err != nil {
+					return change, err
+				}
+			}
+			judged = append(judged, derived)
+		}
+	}
+	if err = h.store.putClaims(ctx, judged); err != nil {
+		return change, err
+	}
+	if slices.ContainsFunc(judged, func(claim *SenderData) bool { return claim.signer != "" }) {
+		// What proves a device by one session's copy of its keys proves its other sessions.
+		more, err := h.judgeStored(ctx, users, nil)
+		change.Sessions = append(change.Sessions, more.Sessions...)
+		return change, err
+	}
+	return change, nil
 }
 
 // walkKey is what a walk rests on besides the user: sessions that share it are judged alike.

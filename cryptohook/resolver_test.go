@@ -593,3 +593,27 @@ func (w *trustWorld) wantStanding(userID id.UserID, want standing) {
 		w.t.Errorf("standing of %s is %d, want %d", userID, got, want)
 	}
 }
+
+// Sessions of one device share a walk; what is their own stays theirs.
+func TestSessionsOfOneDeviceAreJudgedAlike(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	legacy, fresh := newMegolm(trustRoom), newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, legacy, withoutDeviceKeys), w.share(alice, fresh, withoutDeviceKeys)}})
+	w.resolve()
+	if _, err := w.db.Exec(w.ctx, "UPDATE sendertrust_session SET legacy_session=true, retry_count=7 WHERE session_id=$1", legacy.id()); err != nil {
+		t.Fatal(err)
+	}
+	w.clock.advance(time.Hour)
+	w.resolve()
+	if one, other := w.row(legacy, alice), w.row(fresh, alice); !one.Legacy || other.Legacy || one.RetryCount != 8 || other.RetryCount != 2 {
+		t.Errorf("a look that found nothing has left %+v and %+v", one, other)
+	}
+	w.know(alice.owner)
+	for _, session := range []*megolm{legacy, fresh} {
+		row := w.row(session, alice)
+		if row.State != StateSenderUnverified || row.Legacy || row.RetryCount != 0 || !row.NextRetry.IsZero() || row.DeviceKeys != nil {
+			t.Errorf("proven, and stored %+v", row)
+		}
+	}
+}

@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -51,7 +50,7 @@ type stepWorld struct {
 
 func newTestStore(t *testing.T) *store {
 	t.Helper()
-	db := must(dbutil.NewWithDialect("file:"+filepath.Join(t.TempDir(), "store.db")+"?_txlock=immediate", "sqlite3-fk-wal"))
+	db := must(openDatabase("sqlite3-fk-wal", newDatabase(t)))
 	t.Cleanup(func() { _ = db.Close() })
 	s := newStore(db, dbutil.NoopLogger)
 	if err := s.Upgrade(t.Context()); err != nil {
@@ -171,7 +170,7 @@ func (w *stepWorld) see(word string) {
 	if signer == "" {
 		w.t.Fatalf("unknown word %q", word)
 	}
-	err := w.store.putSignature(w.t.Context(), signature{w.alice.userID, w.device.senderKey(), w.device.signingKey(), signer})
+	_, err := w.store.putSignature(w.t.Context(), signature{w.alice.userID, w.device.senderKey(), w.device.signingKey(), signer})
 	if err != nil {
 		w.t.Fatal(err)
 	}
@@ -349,6 +348,23 @@ func TestDerivationNamesTheStepThatFailed(t *testing.T) {
 		if !errors.Is(err, errBrokenCache) || !strings.Contains(err.Error(), want) {
 			t.Errorf("error %v, want one at %s", err, want)
 		}
+	}
+}
+
+// brokenDevices fails only where the published devices are looked up.
+type brokenDevices struct{ brokenCaches }
+
+func (brokenDevices) signers(context.Context, id.UserID, id.SenderKey, id.Ed25519) ([]id.Ed25519, error) {
+	return nil, nil
+}
+
+func TestPublishedDevicesThatCannotBeReadAreAnError(t *testing.T) {
+	w := newStepWorld(t)
+	d := derivation{caches: brokenDevices{}, embedded: w.deviceKeys("unsigned"), data: SenderData{
+		Sender: w.alice.userID, SenderKey: w.device.senderKey(), SigningKey: w.device.signingKey(),
+	}}
+	if _, err := d.derive(t.Context()); !errors.Is(err, errBrokenCache) {
+		t.Errorf("error %v", err)
 	}
 }
 

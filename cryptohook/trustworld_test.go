@@ -11,7 +11,6 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/http"
-	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -223,6 +222,8 @@ type keyServer struct {
 	requests map[string]int
 	// forge changes an answer to /keys/query.
 	forge func(answer object)
+	// other answers what the server does not know itself, with a status of 0 where it does not either.
+	other func(req *http.Request) (status int, body []byte)
 }
 
 func (s *keyServer) add(a *actor) *actor {
@@ -256,9 +257,15 @@ func (s *keyServer) RoundTrip(req *http.Request) (*http.Response, error) {
 	case path == "keys/upload":
 		answer = object{"one_time_key_counts": object{"signed_curve25519": 50}}
 	}
+	body := []byte(rawJSON(answer))
+	if s.other != nil {
+		if otherStatus, otherBody := s.other(req); otherStatus != 0 {
+			status, body = otherStatus, otherBody
+		}
+	}
 	return &http.Response{
 		StatusCode: status, Request: req, Header: http.Header{"Content-Type": {"application/json"}},
-		Body: io.NopCloser(bytes.NewReader(rawJSON(answer))),
+		Body: io.NopCloser(bytes.NewReader(body)),
 	}, nil
 }
 
@@ -313,7 +320,7 @@ type seenEvent struct {
 	evt     *event.Event
 }
 
-// trustWorld is a real Hook on a SQLite file, with a server and people around it. Nothing in it runs by itself: /syncs, the
+// trustWorld is a real Hook on a database, with a server and people around it. Nothing in it runs by itself: /syncs, the
 // resolver and the inbox go on when the test says so.
 type trustWorld struct {
 	t       *testing.T
@@ -325,6 +332,7 @@ type trustWorld struct {
 	options Options
 
 	db     *dbutil.Database
+	owner  *Ownership
 	client *mautrix.Client
 	hook   *Hook
 	syncs  int
@@ -333,6 +341,37 @@ type trustWorld struct {
 	// onMessage, if set, is called by the handler of messages.
 	onMessage func(ctx context.Context, evt *event.Event)
 	log       *lockedBuffer
+	// changes are what the hook has told of since they were last looked at.
+	changes *changeLog
+}
+
+// changeLog collects what a hook tells of.
+type changeLog struct {
+	mu   sync.Mutex
+	told []Change
+}
+
+func (l *changeLog) add(change Change) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.told = append(l.told, change)
+}
+
+// take gives what was told of the sessions and the users since the last time.
+func (l *changeLog) take() (sessions map[id.SessionID]bool, users map[id.UserID]bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	sessions, users = make(map[id.SessionID]bool), make(map[id.UserID]bool)
+	for _, change := range l.told {
+		for _, sessionID := range change.Sessions {
+			sessions[sessionID] = true
+		}
+		for _, userID := range change.Users {
+			users[userID] = true
+		}
+	}
+	l.told = nil
+	return sessions, users
 }
 
 const trustRoom = id.RoomID("!room:test")
@@ -362,10 +401,10 @@ func newTrustWorld(t *testing.T, change ...func(*Options)) *trustWorld {
 		t: t, ctx: t.Context(),
 		server: &keyServer{actors: make(map[id.UserID]*actor), requests: make(map[string]int)},
 		clock:  &manualClock{now: time.UnixMilli(1_700_000_000_000)},
-		path:   filepath.Join(t.TempDir(), "hook.db"), log: &lockedBuffer{},
+		path:   newDatabase(t), log: &lockedBuffer{}, changes: &changeLog{},
 	}
 	w.bot = w.server.add(newActor("@bot:test"))
-	w.options = Options{PickleKey: []byte("pickle"), Clock: w.clock.Now}
+	w.options = Options{PickleKey: []byte("pickle"), Clock: w.clock.Now, OnChange: w.changes.add}
 	for _, c := range change {
 		c(&w.options)
 	}
@@ -386,12 +425,13 @@ func newTrustWorld(t *testing.T, change ...func(*Options)) *trustWorld {
 func (w *trustWorld) start() {
 	w.t.Helper()
 	log := zerolog.New(w.log).Level(zerolog.DebugLevel)
-	w.db = must(dbutil.NewWithDialect("file:"+w.path+"?_txlock=immediate", "sqlite3-fk-wal"))
+	w.db = must(openDatabase("sqlite3-fk-wal", w.path))
+	w.owner = must(Own(log.WithContext(w.ctx), w.db))
 	w.client = must(mautrix.NewClient("http://server.test", w.bot.userID, "token"))
 	w.client.DeviceID, w.client.Log = "BOTDEVICE", log
 	w.client.Client = &http.Client{Transport: w.server}
 	w.client.Syncer.(*mautrix.DefaultSyncer).ParseEventContent = true
-	w.options.DB = w.db
+	w.options.DB, w.options.Owner = w.db, w.owner
 	w.hook = must(Install(w.ctx, w.client, w.options))
 	account := w.hook.mach.GetAccount()
 	if err := w.hook.mach.CryptoStore.PutAccount(w.ctx, account); err != nil {
@@ -399,6 +439,9 @@ func (w *trustWorld) start() {
 	}
 	w.hook.mach.CrossSigningKeys = &crypto.CrossSigningKeysCache{
 		MasterKey: w.bot.master, SelfSigningKey: w.bot.selfSigning, UserSigningKey: w.bot.userSigning,
+	}
+	if err := w.hook.prepare(w.ctx); err != nil {
+		w.t.Fatal(err)
 	}
 	own := &actorDevice{owner: w.bot, deviceID: w.client.DeviceID, account: account, crossSigned: true}
 	w.bot.devices = []*actorDevice{own}
@@ -427,6 +470,9 @@ func (w *trustWorld) stop() {
 	if w.db != nil {
 		w.hook.background.Wait()
 		w.hook.mach.Destroy()
+		if err := w.hook.owner.Release(); err != nil {
+			w.t.Error(err)
+		}
 		_ = w.db.Close()
 		w.db = nil
 	}

@@ -123,16 +123,16 @@ const (
 	safeDriver     = "sqlite3-fk-wal-fullsync"
 )
 
-// receiver is a Hook on a database file.
+// receiver is a Hook on a database.
 type receiver struct {
 	*Hook
 	network *network
 	db      *dbutil.Database
 }
 
-// openReceiver opens what is in the file at path. bot is the receiver's own cross-signing identity.
+// openReceiver opens a database that newDatabase has named. bot is the receiver's own cross-signing identity.
 func openReceiver(ctx context.Context, driver, path string, connections int, net *network, bot *actor, log zerolog.Logger) (*receiver, error) {
-	db, err := dbutil.NewWithDialect("file:"+path+"?_txlock=immediate", driver)
+	db, err := openDatabase(driver, path)
 	if err != nil {
 		return nil, err
 	}
@@ -154,6 +154,7 @@ func openReceiver(ctx context.Context, driver, path string, connections int, net
 func (r *receiver) close() {
 	r.background.Wait()
 	r.mach.Destroy()
+	_ = r.owner.Release()
 	_ = r.db.Close()
 }
 
@@ -263,6 +264,9 @@ func newStory(t *testing.T, seed string, peers int) *story {
 	}
 	if err := r.process(ctx, s.firstSync()); err != nil {
 		t.Fatal(err)
+	}
+	if r.db.Dialect != dbutil.SQLite {
+		return s
 	}
 	if _, err := r.db.RawDB.Exec("PRAGMA wal_checkpoint(TRUNCATE)"); err != nil {
 		t.Fatal(err)
