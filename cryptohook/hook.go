@@ -248,25 +248,26 @@ func (h *Hook) takeOver() {
 // Machine gives mautrix's machine, for what the hook does not do itself. Do not hand it events of a /sync.
 func (h *Hook) Machine() *crypto.OlmMachine { return h.mach }
 
-// Run syncs until the context ends or syncing fails for good, then waits for everything that the hook started. After
-// [ErrUnitOfWorkBroken] a new Hook has to be installed; nothing is lost. After [ErrNotOwner] the database has to be owned again
-// before that.
+// Run syncs until the context ends or syncing fails for good, then waits for everything that the hook started. On a database that mautrix
+// used without the hook it first notes, once, what is known of the senders of the sessions there. After [ErrUnitOfWorkBroken] a new Hook
+// has to be installed; nothing is lost. After [ErrNotOwner] the database has to be owned again before that.
 func (h *Hook) Run(ctx context.Context) (err error) {
 	if h.options.Owner == nil {
 		defer func() { err = errors.Join(err, h.owner.Release()) }()
 	}
-	if err = h.prepare(ctx); err != nil {
-		return err
-	}
 	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	defer context.AfterFunc(h.owner.losing, cancel)()
+	if err = h.prepare(ctx); err != nil {
+		return h.ending(err, ctx.Err() != nil)
+	}
 	var workers sync.WaitGroup
 	workers.Go(func() { h.resolver.run(ctx) })
 	workers.Go(func() { h.inbox.run(ctx) })
 	workers.Go(func() { h.search.run(ctx) })
 	workers.Go(func() { h.bundles.run(ctx) })
 	err = h.client.SyncWithContext(ctx)
-	ended := ctx.Err()
+	ended := ctx.Err() != nil
 	cancel()
 	workers.Wait()
 	h.background.Wait()
@@ -275,10 +276,15 @@ func (h *Hook) Run(ctx context.Context) (err error) {
 	if flushErr := h.uow.flush(context.WithoutCancel(ctx)); flushErr != nil && err == nil {
 		err = flushErr
 	}
+	return h.ending(err, ended)
+}
+
+// ending is what Run returns: why the database was lost, if it was, and nothing when it was told to end.
+func (h *Hook) ending(err error, told bool) error {
 	if lost := h.owner.Err(); lost != nil {
 		return lost
 	}
-	if ended != nil && !errors.Is(err, ErrUnitOfWorkBroken) {
+	if told && !errors.Is(err, ErrUnitOfWorkBroken) {
 		return nil
 	}
 	return err

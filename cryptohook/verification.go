@@ -129,9 +129,13 @@ func (h *Hook) signPinned(ctx context.Context, userID id.UserID) error {
 	return nil
 }
 
-// prepare brings what is stored in line with what may have changed while no process was there: the configuration's pins, and our
-// own keys. A pin that was taken out, or replaced, withdraws the verification that it stood for.
+// prepare brings what is stored in line with what may have changed while no process was there: sessions that mautrix received before
+// there was a hook, the configuration's pins, and our own keys. A pin that was taken out, or replaced, withdraws the verification that
+// it stood for.
 func (h *Hook) prepare(ctx context.Context) error {
+	if err := h.migrate(ctx); err != nil {
+		return err
+	}
 	err := h.learn(ctx, func(ctx context.Context) error {
 		identities, err := h.store.verifiedIdentities(ctx)
 		if err != nil {
