@@ -206,7 +206,8 @@ func newGate(t *testing.T, uri string) (*gate, string) {
 	const socket = ".s.PGSQL.5432"
 	g := &gate{target: filepath.Join(parsed.Query().Get("host"), socket), listener: must(net.Listen("unix", filepath.Join(dir, socket)))}
 	g.open = sync.NewCond(&g.mu)
-	g.copying.Go(g.accept)
+	listener := g.listener
+	g.copying.Go(func() { g.accept(listener) })
 	t.Cleanup(func() {
 		_ = g.listener.Close()
 		g.set(false)
@@ -221,9 +222,9 @@ func newGate(t *testing.T, uri string) (*gate, string) {
 	return g, parsed.String()
 }
 
-func (g *gate) accept() {
+func (g *gate) accept(listener net.Listener) {
 	for {
-		client, err := g.listener.Accept()
+		client, err := listener.Accept()
 		if err != nil {
 			return
 		}
@@ -502,6 +503,6 @@ func TestStandByWaitsForAServerThatIsAway(t *testing.T) {
 	watch.wait(t)
 	listener := must(net.Listen("unix", filepath.Join(must(url.Parse(through)).Query().Get("host"), ".s.PGSQL.5432")))
 	way.listener = listener
-	way.copying.Go(way.accept)
+	way.copying.Go(func() { way.accept(listener) })
 	takesOver(t, owned, 5*time.Second)
 }
