@@ -25,7 +25,8 @@ import (
 // Random histories against a model that keeps the whole history and judges from first principles (model_test.go). What happens goes
 // through the real Hook on a real SQLite database: room keys from the decrypted Olm event on, key queries from their HTTP answers on.
 //
-// `go test -run History -rapid.checks=1000 -rapid.steps=100` walks 100,000 steps; the default is 3,000.
+// `make test` walks 100,000 steps in histories of 100; `go test` alone 3,000. What a failure shrinks to becomes a story of
+// testdata/truth.yaml.
 
 const (
 	historyUsers    = 2
@@ -130,10 +131,13 @@ type history struct {
 	clock *manualClock
 	cast  *cast
 	model *model
+	steps int
 
 	server []*shown
 	down   bool
-	pins   map[id.UserID]id.Ed25519
+	// meanwhile is what happens between a question and its answer.
+	meanwhile func()
+	pins      map[id.UserID]id.Ed25519
 
 	db      *dbutil.Database
 	client  *mautrix.Client
@@ -154,7 +158,15 @@ func (h *history) RoundTrip(req *http.Request) (*http.Response, error) {
 			status = http.StatusBadGateway
 			break
 		}
-		answer = h.answer(asked)
+		var seen []observation
+		answer, seen = h.answer(asked)
+		if meanwhile := h.meanwhile; meanwhile != nil {
+			h.meanwhile = nil
+			meanwhile()
+		}
+		for _, o := range seen {
+			h.model.observe(o)
+		}
 	case "/_matrix/client/v3/keys/signatures/upload":
 		var uploaded map[id.UserID]map[string]json.RawMessage
 		if err := json.NewDecoder(req.Body).Decode(&uploaded); err != nil {
@@ -174,8 +186,8 @@ func (h *history) RoundTrip(req *http.Request) (*http.Response, error) {
 	}, nil
 }
 
-// answer is what the server says of the users who are asked for; the model hears of it.
-func (h *history) answer(asked mautrix.ReqQueryKeys) object {
+// answer is what the server says of the users who are asked for.
+func (h *history) answer(asked mautrix.ReqQueryKeys) (answer object, observed []observation) {
 	devices, masters, selfSigning := object{}, object{}, object{}
 	for u, p := range h.cast.users {
 		s := h.server[u]
@@ -212,12 +224,12 @@ func (h *history) answer(asked mautrix.ReqQueryKeys) object {
 				selfSigning[p.userID.String()] = object
 			}
 		}
-		h.model.observe(seen)
+		observed = append(observed, seen)
 	}
 	if _, wanted := asked.DeviceKeys[h.cast.bot.userID]; wanted {
 		devices[h.cast.bot.userID.String()] = object{}
 	}
-	return object{"device_keys": devices, "master_keys": masters, "self_signing_keys": selfSigning, "failures": object{}}
+	return object{"device_keys": devices, "master_keys": masters, "self_signing_keys": selfSigning, "failures": object{}}, observed
 }
 
 // historyDatabase is shared by all histories; each begins with empty tables.
@@ -289,6 +301,9 @@ func (h *history) key() keyIndex {
 	return keyIndex{rapid.IntRange(0, historyMasters-1).Draw(h.t, "master"), rapid.IntRange(0, historyKeys-1).Draw(h.t, "key")}
 }
 func (h *history) device() int { return rapid.IntRange(0, historyDevices-1).Draw(h.t, "device") }
+func (h *history) session() int {
+	return rapid.IntRange(0, historySessions-1).Draw(h.t, "session")
+}
 func (h *history) flag(name string) bool {
 	return rapid.Bool().Draw(h.t, name)
 }
@@ -304,6 +319,7 @@ func (h *history) actions() map[string]func(*rapid.T) {
 	act := func(f func()) func(*rapid.T) {
 		return func(t *rapid.T) {
 			h.t = t
+			h.steps++
 			f()
 			h.settle()
 		}
@@ -412,15 +428,25 @@ func (h *history) actions() map[string]func(*rapid.T) {
 		"time passes": act(func() {
 			h.clock.advance(time.Duration(rapid.IntRange(1, 7200).Draw(h.t, "seconds")) * time.Second)
 		}),
-		"room key":         act(func() { h.roomKey() }),
-		"another room key": act(func() { h.roomKey() }),
-		"room key from a backup": act(func() {
+		"room key":         act(func() { h.deliver(h.drawKey()) }),
+		"another room key": act(func() { h.deliver(h.drawKey()) }),
+		"room key while somebody asks": act(func() {
+			key := h.drawKey()
+			h.meanwhile = func() { h.deliver(key) }
+			_, _ = h.hook.mach.FetchKeys(h.ctx, []id.UserID{h.cast.users[key.from.user].userID}, true)
+			h.meanwhile = nil
+		}),
+		"room key while the resolver works": act(func() {
+			key := h.drawKey()
+			h.meanwhile = func() { h.deliver(key) }
+			h.pass()
+			h.meanwhile = nil
+		}),
+		"room key that somebody exported": act(func() {
 			u, _ := h.user()
-			d, s := h.device(), rapid.IntRange(0, historySessions-1).Draw(h.t, "session")
-			if h.model.sessionOfAnother(s, modelDevice{u, d}) {
-				return
-			}
-			h.imported(u, d, s)
+			d, s := h.device(), h.session()
+			source := rapid.SampledFrom([]id.KeySource{id.KeySourceBackup, id.KeySourceForward, id.KeySourceImport, keySourceBundle}).Draw(h.t, "source")
+			h.imported(u, d, s, source)
 		}),
 		"": func(t *rapid.T) {
 			h.t = t
@@ -456,15 +482,17 @@ func (h *history) vouchedByPin(u int) bool {
 	return identity != nil && identity.VerifiedBy != ""
 }
 
-// roomKey has a device share a session with us.
-func (h *history) roomKey() {
-	u, p := h.user()
-	d, s := h.device(), rapid.IntRange(0, historySessions-1).Draw(h.t, "session")
-	device, session := p.devices[d], h.cast.sessions[s]
-	olmEvent := &crypto.DecryptedOlmEvent{
-		Sender: p.userID, SenderKey: device.senderKey(), Keys: crypto.OlmEventKeys{Ed25519: device.signingKey()},
-		Type: event.ToDeviceRoomKey, Content: event.Content{VeryRaw: rawJSON(session.roomKey())},
-	}
+// roomKey is an m.room_key that a device may send us.
+type roomKey struct {
+	session int
+	from    modelDevice
+	// embedded is the copy of the device's keys in the Olm message, if there is one.
+	embedded *copyOf
+}
+
+func (h *history) drawKey() roomKey {
+	u, _ := h.user()
+	d := h.device()
 	var embedded *copyOf
 	switch rapid.IntRange(0, 5).Draw(h.t, "embedded") {
 	case 0:
@@ -488,26 +516,38 @@ func (h *history) roomKey() {
 			embedded = &current
 		}
 	}
-	if embedded != nil {
-		olmEvent.SenderDeviceKeys = new(mautrix.DeviceKeys)
-		h.check(json.Unmarshal(rawJSON(p.deviceKeys(d, *embedded)), olmEvent.SenderDeviceKeys))
+	return roomKey{h.session(), modelDevice{u, d}, embedded}
+}
+
+// deliver has the key come to us, by a /sync.
+func (h *history) deliver(key roomKey) {
+	p := h.cast.users[key.from.user]
+	device, session := p.devices[key.from.device], h.cast.sessions[key.session]
+	olmEvent := &crypto.DecryptedOlmEvent{
+		Sender: p.userID, SenderKey: device.senderKey(), Keys: crypto.OlmEventKeys{Ed25519: device.signingKey()},
+		Type: event.ToDeviceRoomKey, Content: event.Content{VeryRaw: rawJSON(session.roomKey())},
 	}
-	h.model.direct(s, modelDevice{u, d}, embedded)
+	if key.embedded != nil {
+		olmEvent.SenderDeviceKeys = new(mautrix.DeviceKeys)
+		h.check(json.Unmarshal(rawJSON(p.deviceKeys(key.from.device, *key.embedded)), olmEvent.SenderDeviceKeys))
+	}
+	h.model.direct(key.session, key.from, key.embedded)
 	h.check(h.hook.receiveRoomKey(withReceiving(h.ctx), olmEvent))
 	h.check(h.hook.commit(h.ctx))
 	h.hook.unlockKept(true)
 	h.hook.tellCommitted()
 }
 
-func (h *history) imported(u, d, s int) {
+// imported has a session come in another way than from the device that made it.
+func (h *history) imported(u, d, s int, source id.KeySource) {
 	device, session := h.cast.users[u].devices[d], h.cast.sessions[s]
 	inbound := must(olm.NewInboundGroupSession([]byte(session.key)))
 	imported := &crypto.InboundGroupSession{
 		Internal: must(olm.InboundGroupSessionImport(must(inbound.Export(0)))), SigningKey: device.signingKey(), SenderKey: device.senderKey(),
-		RoomID: trustRoom, KeySource: id.KeySourceBackup, ReceivedAt: h.clock.Now().UTC(),
+		RoomID: trustRoom, KeySource: source, ReceivedAt: h.clock.Now().UTC(),
 	}
 	h.model.imported(s, modelDevice{u, d})
-	h.check(h.hook.mach.StoreGroupSession(h.ctx, imported))
+	h.check(h.hook.importSession(h.ctx, imported, new(ImportResult)))
 }
 
 // compare sees that what is stored, and the verdict on a message of each session, are the model's.
@@ -587,9 +627,12 @@ func (h *history) compareClaim(s, u, d int, row *SenderData, want *modelClaim) {
 
 func TestHistoryIsJudgedAsByItsReader(t *testing.T) {
 	sqliteOnly(t)
+	steps := 0
+	defer func() { t.Logf("%d steps", steps) }()
 	rapid.Check(t, func(rt *rapid.T) {
 		h := newHistory(t, rt)
 		defer h.end()
 		rt.Repeat(h.actions())
+		steps += h.steps
 	})
 }

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/crypto/signatures"
@@ -199,6 +200,32 @@ func parseDeviceKeys(raw json.RawMessage, userID id.UserID, deviceID id.DeviceID
 		return nil, errSignatureInvalid
 	}
 	return &keys, nil
+}
+
+// maxSigners is how many signatures on a device are looked at. It has one, or two while its owner's self-signing key is replaced.
+const maxSigners = 8
+
+// namedSigners gives the ed25519 keys, in order, that a device keys object names as signers in its user's name, besides the device itself.
+func namedSigners(keys *mautrix.DeviceKeys) []id.Ed25519 {
+	var named []id.Ed25519
+	for keyID := range keys.Signatures[keys.UserID] {
+		if algorithm, name := keyID.Parse(); algorithm == id.KeyAlgorithmEd25519 && name != keys.DeviceID.String() {
+			named = append(named, id.Ed25519(name))
+		}
+	}
+	slices.Sort(named)
+	return named
+}
+
+// validSigners gives those of the named signers that are asked for whose signatures are valid.
+func validSigners(raw json.RawMessage, keys *mautrix.DeviceKeys, asked func(id.Ed25519) bool) []id.Ed25519 {
+	var valid []id.Ed25519
+	for i, signer := range namedSigners(keys) {
+		if i < maxSigners && isKey(signer.String()) && asked(signer) && signedBy(raw, keys.UserID, signer) {
+			valid = append(valid, signer)
+		}
+	}
+	return valid
 }
 
 // publishedIdentity is a user's part of a /keys/query response, checked.

@@ -83,9 +83,6 @@ func (h *Hook) storePublished(ctx context.Context, userID id.UserID, answer *key
 			return err
 		}
 	}
-	if err = h.store.noteSignatures(ctx, userID, identity.SelfSigningKey); err != nil {
-		return err
-	}
 	return h.store.rejudge(ctx, identity, anchor, h.clock())
 }
 
@@ -116,11 +113,14 @@ func (h *Hook) mergePublished(ctx context.Context, userID id.UserID, known *Iden
 	return identity, h.store.putIdentity(ctx, identity, h.clock())
 }
 
+// storeDevices stores the devices that a user publishes, and notes who has signed them: also keys that nobody knows yet, since they may
+// turn out to be the user's when the device is gone.
 func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[id.DeviceID]json.RawMessage, complete bool) error {
 	type published struct {
 		identityKey id.IdentityKey
 		signingKey  id.Ed25519
 		raw         json.RawMessage
+		keys        *mautrix.DeviceKeys
 	}
 	valid := make(map[id.DeviceID]published, len(devices))
 	var kept []id.DeviceID
@@ -141,7 +141,7 @@ func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[i
 			kept = append(kept, deviceID)
 			continue
 		}
-		valid[deviceID] = published{keys.Keys.GetCurve25519(deviceID), signingKey, raw}
+		valid[deviceID] = published{keys.Keys.GetCurve25519(deviceID), signingKey, raw, keys}
 	}
 	if complete {
 		if err := h.store.markDevicesDeleted(ctx, userID); err != nil {
@@ -153,9 +153,20 @@ func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[i
 			return err
 		}
 	}
+	seen, err := h.store.signatures(ctx, userID)
+	if err != nil {
+		return err
+	}
 	for deviceID, device := range valid {
 		if err := h.store.putDevice(ctx, userID, deviceID, device.identityKey, device.signingKey, device.raw); err != nil {
 			return err
+		}
+		for _, signer := range validSigners(device.raw, device.keys, func(signer id.Ed25519) bool {
+			return !seen[signature{userID, device.identityKey, device.signingKey, signer}]
+		}) {
+			if _, err := h.store.putSignature(ctx, signature{userID, device.identityKey, device.signingKey, signer}); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

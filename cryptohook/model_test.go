@@ -7,6 +7,9 @@ import "slices"
 type model struct {
 	past []happening
 	pins map[int]int
+	// last is what the reader of all that happened came to, as long as nothing else happens.
+	last     *reader
+	lastRead int
 }
 
 // happening is one thing that the bot came to know, or that its operator did.
@@ -121,6 +124,13 @@ type reader struct {
 }
 
 func (m *model) read() *reader {
+	if m.last == nil || m.lastRead != len(m.past) {
+		m.last, m.lastRead = m.readAll(), len(m.past)
+	}
+	return m.last
+}
+
+func (m *model) readAll() *reader {
 	r := &reader{claims: make(map[int]map[modelDevice]*modelClaim)}
 	for range historyUsers {
 		r.users = append(r.users, &modelUser{pin: -1, withdrawn: make(map[int]bool), living: make(map[int]copyOf), facts: make(map[int]map[keyIndex]bool)})
@@ -156,21 +166,20 @@ func (r *reader) observe(o *observation) {
 			u.verified, u.wasVerified = true, true
 		}
 	}
-	if u.hasIdentity && u.hasKey {
-		for d, shown := range o.living {
-			if shown.signed[u.identity] {
-				u.note(d, u.identity)
-			}
-		}
+	for d, shown := range o.living {
+		u.note(d, shown)
 	}
 	r.judge(o.user)
 }
 
-func (u *modelUser) note(d int, k keyIndex) {
+// note takes a copy of a device's keys for what it proves: who has signed it, whether or not we know yet whose key that is.
+func (u *modelUser) note(d int, shown copyOf) {
 	if u.facts[d] == nil {
 		u.facts[d] = make(map[keyIndex]bool)
 	}
-	u.facts[d][k] = true
+	for k := range shown.signed {
+		u.facts[d][k] = true
+	}
 }
 
 func (r *reader) decide(d *decision) {
@@ -228,11 +237,10 @@ func (r *reader) receive(order int, key *reception) {
 	if key.embedded != nil {
 		embedded := key.embedded.clone()
 		arrived.copy, arrived.bound = &embedded, true
+		r.users[key.from.user].note(key.from.device, embedded)
 	}
 	r.walk(key.from, arrived)
-	if keeps(stored, arrived) {
-		// What the copy proves of the device, it proves; what the session is known to be, it stays.
-	} else {
+	if !keeps(stored, arrived) {
 		claims[key.from] = arrived
 	}
 	r.judge(key.from.user)
@@ -250,16 +258,9 @@ func keeps(stored, arrived *modelClaim) bool {
 		return arrived.master < 0
 	case arrived.state == StateRejected:
 		return stored.master >= 0
-	case stored.state == StateDeviceInfo && arrived.state == StateDeviceInfo:
-		// A copy that somebody has signed says more than one that nobody has.
-		return stored.signedBySomebody() && !arrived.signedBySomebody()
 	default:
 		return worth(stored) > worth(arrived)
 	}
-}
-
-func (c *modelClaim) signedBySomebody() bool {
-	return c.copy != nil && len(c.copy.signed)+len(c.copy.forged) > 0
 }
 
 // walk is the steps A–J on what is known now.
@@ -287,7 +288,6 @@ func (r *reader) walk(from modelDevice, c *modelClaim) {
 		}
 		current = living.clone()
 	}
-	c.copy = &current
 	if !u.hasIdentity || !u.hasKey {
 		return
 	}
@@ -302,7 +302,6 @@ func (r *reader) walk(from modelDevice, c *modelClaim) {
 		c.state, c.copy = StateRejected, nil
 		return
 	}
-	u.note(from.device, today)
 	c.master, c.copy = today.master, nil
 	c.state = u.worth(today.master)
 }
@@ -323,29 +322,30 @@ func (u *modelUser) worth(master int) State {
 	}
 }
 
-// judge brings all sessions of a user in line with what is known now, until nothing more follows.
+// judge brings all sessions of a user in line with what is known now: first what is proven, then, when that leads no further, what is not.
 func (r *reader) judge(user int) {
 	u := r.users[user]
-	for _, claims := range r.claims {
-		for from, c := range claims {
-			if from.user == user && c.master >= 0 {
-				r.proven(u, from, c)
+	r.each(user, func(from modelDevice, c *modelClaim) {
+		if c.master >= 0 {
+			r.proven(u, from, c)
+		}
+	})
+	look := func(from modelDevice, c *modelClaim) {
+		if looked := *c; c.isDirect && (c.state == StateUnknownDevice || c.state == StateDeviceInfo) {
+			if r.walk(from, &looked); looked.state != c.state {
+				*c = looked
 			}
 		}
 	}
-	for changed := true; changed; {
-		changed = false
-		for _, claims := range r.claims {
-			for from, c := range claims {
-				if from.user != user || !c.isDirect || c.state != StateUnknownDevice && c.state != StateDeviceInfo {
-					continue
-				}
-				looked := *c
-				r.walk(from, &looked)
-				if looked.state != c.state {
-					*c = looked
-					changed = true
-				}
+	r.each(user, look)
+}
+
+// each takes the user's claims, in no order.
+func (r *reader) each(user int, do func(from modelDevice, c *modelClaim)) {
+	for _, claims := range r.claims {
+		for from, c := range claims {
+			if from.user == user {
+				do(from, c)
 			}
 		}
 	}

@@ -530,44 +530,53 @@ func (h *Hook) judgeUnproven(ctx context.Context, users []id.UserID, tried map[c
 
 // judgeStored is judgeUnproven within a transaction. It gives what has changed.
 func (h *Hook) judgeStored(ctx context.Context, users []id.UserID, tried map[claimKey]struct{}) (change Change, err error) {
-	var judged []*SenderData
 	for _, userID := range users {
-		unproven, err := h.store.sessions(ctx, getUnprovenOfQuery, userID)
-		if err != nil {
+		if err = h.judgeUser(ctx, userID, tried, &change); err != nil {
 			return change, err
 		}
-		walks := make(map[walkKey]*derivation)
-		for _, stored := range unproven {
-			_, retry := tried[claimKey{stored.SessionID, stored.SenderKey}]
-			derived, err := h.lookAgain(ctx, walks, stored)
-			if err != nil {
-				return change, err
-			}
-			learnt := derived.State != stored.State || derived.Reason != stored.Reason
-			if !retry && !learnt {
-				continue
-			}
-			if learnt {
-				change.Sessions = append(change.Sessions, stored.SessionID)
-			}
-			if derived.State == StateRejected {
-				if err = h.reject(ctx, derived); err != nil {
-					return change, err
-				}
-			}
-			judged = append(judged, derived)
-		}
-	}
-	if err = h.store.putClaims(ctx, judged); err != nil {
-		return change, err
-	}
-	if slices.ContainsFunc(judged, func(claim *SenderData) bool { return claim.signer != "" }) {
-		// What proves a device by one session's copy of its keys proves its other sessions.
-		more, err := h.judgeStored(ctx, users, nil)
-		change.Sessions = append(change.Sessions, more.Sessions...)
-		return change, err
 	}
 	return change, nil
+}
+
+// judgeUser walks the steps again for a user's unproven sessions. What any copy of a device's keys proves was noted when it came, so the
+// order of the sessions makes no difference.
+func (h *Hook) judgeUser(ctx context.Context, userID id.UserID, tried map[claimKey]struct{}, change *Change) error {
+	unproven, err := h.store.sessions(ctx, getUnprovenOfQuery, userID)
+	if err != nil {
+		return err
+	}
+	var judged []*SenderData
+	walks := make(map[walkKey]*derivation)
+	for _, stored := range unproven {
+		_, retry := tried[claimKey{stored.SessionID, stored.SenderKey}]
+		derived, err := h.lookAgain(ctx, walks, stored)
+		if err != nil {
+			return err
+		}
+		learnt := derived.State != stored.State || derived.Reason != stored.Reason
+		if !retry && !learnt {
+			continue
+		}
+		if learnt {
+			change.Sessions = append(change.Sessions, stored.SessionID)
+		}
+		if derived.State == StateRejected {
+			if err = h.reject(ctx, derived); err != nil {
+				return err
+			}
+		}
+		judged = append(judged, derived)
+	}
+	return h.store.putClaims(ctx, judged)
+}
+
+// rejudgeProven brings a user's proven sessions in line with what is known now.
+func (h *Hook) rejudgeProven(ctx context.Context, userID id.UserID) error {
+	identity, err := h.store.identity(ctx, userID)
+	if err != nil || identity == nil {
+		return err
+	}
+	return h.store.rejudge(ctx, identity, h.anchor(), h.clock())
 }
 
 // walkKey is what a walk rests on besides the user: sessions that share it are judged alike.

@@ -227,6 +227,9 @@ func (h *Hook) deriveSender(ctx context.Context, session *crypto.InboundGroupSes
 		return nil, err
 	}
 	derived, err := d.derive(ctx)
+	if err == nil {
+		d.noteSigners()
+	}
 	if err == nil && !guarded && !derived.NextRetry.IsZero() {
 		// Who has the guard is about to look; so is the resolver after it.
 		derived.RetryCount, derived.NextRetry = 0, now
@@ -285,7 +288,7 @@ func connected(a, b *crypto.InboundGroupSession) bool {
 // mergeClaim stores what a key that has just been stored says. If the session was rejected, and this does not undo it, the key is
 // taken away again.
 func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
-	proves, err := h.noteSignature(ctx, arrived)
+	news, err := h.store.noteSigners(ctx, arrived)
 	if err != nil {
 		return err
 	}
@@ -294,23 +297,21 @@ func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
 		return err
 	}
 	if merged.State == StateRejected {
-		return h.reject(ctx, merged)
+		if err = h.reject(ctx, merged); err != nil {
+			return err
+		}
 	}
-	if proves {
-		// What proves the device proves its other sessions.
-		change, err := h.judgeStored(ctx, []id.UserID{arrived.Sender}, nil)
-		h.tellAfterCommit(change)
+	if !news {
+		return nil
+	}
+	// What proves the device proves its other sessions.
+	if err = h.rejudgeProven(ctx, arrived.Sender); err != nil {
 		return err
 	}
-	return nil
-}
-
-// noteSignature notes what has proven a session's device. It says whether that is news.
-func (h *Hook) noteSignature(ctx context.Context, arrived *SenderData) (bool, error) {
-	if arrived.signer == "" {
-		return false, nil
-	}
-	return h.store.putSignature(ctx, signature{arrived.Sender, arrived.SenderKey, arrived.SigningKey, arrived.signer})
+	change, err := h.judgeStored(ctx, []id.UserID{arrived.Sender}, nil)
+	change.Users = append(change.Users, arrived.Sender)
+	h.tellAfterCommit(change)
+	return err
 }
 
 // otherClaim is what is known of the sender of a session that did not come in an m.room_key: nothing, unless we made it.

@@ -109,8 +109,8 @@ type SenderData struct {
 	ReceivedAt time.Time
 	UpdatedAt  time.Time
 
-	// signer is the self-signing key whose signature has just proven the device, to be noted with the row.
-	signer id.Ed25519
+	// signers are the keys whose signatures on the device keys were checked on the way, to be noted with the row.
+	signers []id.Ed25519
 }
 
 // awaitsFirstLook says that the sender's keys are about to be asked for and never were: the state may change at once.
@@ -142,8 +142,8 @@ func (sd *SenderData) deviceInfo() json.RawMessage {
 //
 // The more trusted one stays, except that only proof undoes a rejection. At equal trust the reference keeps the stored one, unless a
 // better ratchet comes with the other. Here the newer one is taken if it came directly: it holds the sender's device keys as they are
-// now, and the signature that the older copy lacked would be lost with it if the device is deleted. By the same reason a copy that lacks
-// the signature does not take the place of one that has it. What somebody else exported never counts beside anything.
+// now. What the other copy of them proves is not lost by that: every signature is noted when it comes. What somebody else exported
+// never counts beside anything.
 func mergeSenderData(stored, arrived *SenderData) *SenderData {
 	switch {
 	case stored == nil:
@@ -160,15 +160,7 @@ func mergeSenderData(stored, arrived *SenderData) *SenderData {
 		return arrived
 	case stored.State.rank() > arrived.State.rank():
 		return stored
-	case stored.State == arrived.State && stored.crossSigned() && !arrived.crossSigned():
-		return stored
 	default:
 		return arrived
 	}
-}
-
-// crossSigned says that the device keys that are kept name a signer besides the device itself.
-func (sd *SenderData) crossSigned() bool {
-	d := derivation{data: *sd}
-	return sd.DeviceKeys != nil && d.useDevice(sd.DeviceKeys) && d.crossSigned()
 }

@@ -34,7 +34,7 @@ type caches interface {
 	deviceByKey(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) (json.RawMessage, error)
 	// identity gives what is known of the user's cross-signing identity, or nil.
 	identity(ctx context.Context, userID id.UserID) (*Identity, error)
-	// signers gives the self-signing keys whose signatures on the user's device with these keys were seen and checked, ever.
+	// signers gives the keys whose signatures on the user's device with these keys were seen and checked, ever, in the user's name.
 	signers(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) ([]id.Ed25519, error)
 }
 
@@ -56,9 +56,13 @@ type derivation struct {
 	// path is the letters of the steps taken, for logs and tests.
 	path []byte
 
-	raw      json.RawMessage
-	keys     *mautrix.DeviceKeys
-	identity *Identity
+	// raw and keys are the device keys at hand.
+	raw  json.RawMessage
+	keys *mautrix.DeviceKeys
+	// bound are the device keys that the session keeps while the device is not proven.
+	bound     json.RawMessage
+	boundKeys *mautrix.DeviceKeys
+	identity  *Identity
 	// seen are the device's signers, once they were looked up.
 	seen []id.Ed25519
 	// waits says that the walk ended with a time to look again; asks, that it is now, unless the keys were asked for already.
@@ -117,6 +121,7 @@ func stepD(ctx context.Context, d *derivation) (step, error) {
 		d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
 		return nil, nil
 	}
+	d.bound, d.boundKeys = d.raw, d.keys
 	signed, err := d.signed(ctx, d.crossSigned, func(seen []id.Ed25519) bool { return len(seen) > 0 })
 	if err != nil {
 		return nil, err
@@ -179,7 +184,7 @@ func stepJ(_ context.Context, d *derivation) (step, error) {
 	d.data.MasterKey = d.identity.MasterKey
 	d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
 	d.data.Legacy = false
-	d.data.signer = d.identity.SelfSigningKey
+	d.data.signers = []id.Ed25519{d.identity.SelfSigningKey}
 	return nil, nil
 }
 
@@ -203,13 +208,17 @@ func (d *derivation) ownsSession() bool {
 }
 
 // crossSigned says that somebody other than the device itself signed its keys in the name of its user.
-func (d *derivation) crossSigned() bool {
-	for keyID := range d.keys.Signatures[d.data.Sender] {
-		if algorithm, name := keyID.Parse(); algorithm == id.KeyAlgorithmEd25519 && name != d.keys.DeviceID.String() {
-			return true
-		}
+func (d *derivation) crossSigned() bool { return len(namedSigners(d.keys)) > 0 }
+
+// noteSigners notes whose signatures on the copy that the session is bound to are valid: besides today's self-signing key those of keys
+// that may turn out to be the user's.
+func (d *derivation) noteSigners() {
+	if d.boundKeys == nil {
+		return
 	}
-	return false
+	d.data.signers = append(d.data.signers, validSigners(d.bound, d.boundKeys, func(signer id.Ed25519) bool {
+		return !slices.Contains(d.data.signers, signer)
+	})...)
 }
 
 // signedByKnownKey says that the device keys name the self-signing key that we know as a signer. Whether the signature is
@@ -256,11 +265,12 @@ func (d *derivation) usePublished(ctx context.Context, acceptable func() bool) (
 	return false, nil
 }
 
-// deviceInfo ends the walk with the device known but not proven.
+// deviceInfo ends the walk with the device known but not proven. The session keeps the copy of its keys that it was bound to first: what
+// a newer one proves is noted already.
 func (d *derivation) deviceInfo(askNow bool) (step, error) {
 	d.data.State = StateDeviceInfo
 	d.data.DeviceID = d.keys.DeviceID
-	d.data.DeviceKeys = d.raw
+	d.data.DeviceKeys = d.bound
 	return d.wait(askNow)
 }
 
@@ -301,7 +311,7 @@ func (d *derivation) schedule(claim *SenderData) {
 // conclude gives what the walk means for another claim of the same device, of which the same is known.
 func (d *derivation) conclude(claim *SenderData) *SenderData {
 	concluded := *claim
-	concluded.State, concluded.Reason, concluded.signer = d.data.State, d.data.Reason, d.data.signer
+	concluded.State, concluded.Reason, concluded.signers = d.data.State, d.data.Reason, d.data.signers
 	concluded.DeviceID, concluded.MasterKey, concluded.DeviceKeys = d.data.DeviceID, d.data.MasterKey, d.data.DeviceKeys
 	concluded.Legacy = claim.Legacy && !d.data.State.proven()
 	if d.waits {

@@ -176,8 +176,8 @@ func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
 			return fmt.Errorf("failed to store sender data: %w", err)
 		}
 		for _, sd := range chunk {
-			if sd.signer != "" {
-				signed[signature{sd.Sender, sd.SenderKey, sd.SigningKey, sd.signer}] = struct{}{}
+			for _, signer := range sd.signers {
+				signed[signature{sd.Sender, sd.SenderKey, sd.SigningKey, signer}] = struct{}{}
 			}
 		}
 	}
@@ -349,7 +349,8 @@ func (s *store) isWithdrawn(ctx context.Context, userID id.UserID, masterKey id.
 	return withdrawn, ignoreNoRows(err)
 }
 
-// signature is a fact: the self-signing key has signed the user's device with these keys.
+// signature is a fact: that key has signed the user's device with these keys, in the user's name. Whether it is the user's self-signing
+// key is another matter.
 type signature struct {
 	userID         id.UserID
 	senderKey      id.SenderKey
@@ -362,16 +363,8 @@ const (
 		INSERT INTO sendertrust_signature (user_id, identity_key, signing_key, self_signing_key) VALUES ($1, $2, $3, $4)
 		ON CONFLICT (user_id, identity_key, signing_key, self_signing_key) DO NOTHING
 	`
-	getSignersQuery = `SELECT self_signing_key FROM sendertrust_signature WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3`
-	// The living devices whose signature by today's self-signing key ($2) is not known.
-	getUnsignedDevicesQuery = `
-		SELECT identity_key, signing_key, device_keys FROM sendertrust_device
-		WHERE user_id=$1 AND deleted=false AND NOT EXISTS (
-			SELECT 1 FROM sendertrust_signature signed
-			WHERE signed.user_id=sendertrust_device.user_id AND signed.identity_key=sendertrust_device.identity_key
-			  AND signed.signing_key=sendertrust_device.signing_key AND signed.self_signing_key=$2
-		)
-	`
+	getSignersQuery    = `SELECT self_signing_key FROM sendertrust_signature WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3`
+	getSignaturesQuery = `SELECT user_id, identity_key, signing_key, self_signing_key FROM sendertrust_signature WHERE user_id=$1`
 )
 
 // putSignature notes a signature that was checked, and says whether it is new.
@@ -394,24 +387,32 @@ func (s *store) signers(ctx context.Context, userID id.UserID, senderKey id.Send
 	return list, nil
 }
 
-// noteSignatures checks what the user's self-signing key has signed among the devices that the user has now.
-func (s *store) noteSignatures(ctx context.Context, userID id.UserID, selfSigningKey id.Ed25519) error {
-	rows, err := s.Query(ctx, getUnsignedDevicesQuery, userID, selfSigningKey)
-	devices, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (d cachedDevice, err error) {
-		return d, row.Scan(&d.senderKey, &d.signingKey, &d.keys)
+// signatures gives all signatures on the user's devices that were checked.
+func (s *store) signatures(ctx context.Context, userID id.UserID) (map[signature]bool, error) {
+	rows, err := s.Query(ctx, getSignaturesQuery, userID)
+	list, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (proof signature, err error) {
+		return proof, row.Scan(&proof.userID, &proof.senderKey, &proof.signingKey, &proof.selfSigningKey)
 	}, err).AsList()
 	if err != nil {
-		return fmt.Errorf("failed to read the devices of %s: %w", userID, err)
+		return nil, fmt.Errorf("failed to read the signatures on the devices of %s: %w", userID, err)
 	}
-	for _, device := range devices {
-		if !signedBy(json.RawMessage(device.keys), userID, selfSigningKey) {
-			continue
-		}
-		if _, err = s.putSignature(ctx, signature{userID, device.senderKey, device.signingKey, selfSigningKey}); err != nil {
-			return err
-		}
+	seen := make(map[signature]bool, len(list))
+	for _, proof := range list {
+		seen[proof] = true
 	}
-	return nil
+	return seen, nil
+}
+
+// noteSigners notes who has signed the device of a claim, and says whether any of it is news.
+func (s *store) noteSigners(ctx context.Context, claim *SenderData) (news bool, err error) {
+	for _, signer := range claim.signers {
+		added, err := s.putSignature(ctx, signature{claim.Sender, claim.SenderKey, claim.SigningKey, signer})
+		if err != nil {
+			return news, err
+		}
+		news = news || added
+	}
+	return news, nil
 }
 
 // deviceByKey implements [caches].

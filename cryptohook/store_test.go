@@ -28,7 +28,7 @@ var everyQuery = map[string]string{
 	"getNextRetryQuery": getNextRetryQuery, "upsertSessionQuery": upsertSessionQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
 	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
 	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery,
-	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getUnsignedDevicesQuery": getUnsignedDevicesQuery,
+	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getSignaturesQuery": getSignaturesQuery,
 	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
 	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,
 	"upsertDeviceQuery": upsertDeviceQuery,

@@ -61,14 +61,15 @@ var happenings = map[string]func(w *truthWorld){
 	"share_bare": func(w *truthWorld) {
 		w.sync(syncPart{toDevice: []object{w.share(w.alice, w.session, withoutDeviceKeys)}})
 	},
-	"signed":    func(w *truthWorld) { w.alice.crossSigned = true },
-	"unsigned":  func(w *truthWorld) { w.alice.crossSigned = false },
-	"deleted":   func(w *truthWorld) { w.alice.unpublished = true },
-	"undeleted": func(w *truthWorld) { w.alice.unpublished = false },
-	"published": func(w *truthWorld) { w.alice.owner.hidden = false },
-	"hidden":    func(w *truthWorld) { w.alice.owner.hidden = true },
-	"no_ssk":    func(w *truthWorld) { w.noSelfSigning = true },
-	"ssk":       func(w *truthWorld) { w.noSelfSigning = false },
+	"share_another": func(w *truthWorld) { w.sync(syncPart{toDevice: []object{w.share(w.alice, newMegolm(trustRoom))}}) },
+	"signed":        func(w *truthWorld) { w.alice.crossSigned = true },
+	"unsigned":      func(w *truthWorld) { w.alice.crossSigned = false },
+	"deleted":       func(w *truthWorld) { w.alice.unpublished = true },
+	"undeleted":     func(w *truthWorld) { w.alice.unpublished = false },
+	"published":     func(w *truthWorld) { w.alice.owner.hidden = false },
+	"hidden":        func(w *truthWorld) { w.alice.owner.hidden = true },
+	"no_ssk":        func(w *truthWorld) { w.noSelfSigning = true },
+	"ssk":           func(w *truthWorld) { w.noSelfSigning = false },
 	"reset": func(w *truthWorld) {
 		w.formerMaster, w.formerSelfSigning, w.formerVerifiedBy = w.alice.owner.master, w.alice.owner.selfSigning, w.alice.owner.verifiedBy
 		w.alice.owner.reset()

@@ -58,7 +58,8 @@ CREATE TABLE sendertrust_device (
 );
 CREATE INDEX sendertrust_device_key_idx ON sendertrust_device (user_id, identity_key);
 
--- Which self-signing keys have signed which devices: each signature was checked once. It stays true when the device is deleted.
+-- Which keys have signed which devices in their users' names: each signature was checked once, when it was seen. It stays true when the
+-- device is deleted. Whether a key is the user's self-signing key is known from the user's identity, and may be learnt later.
 CREATE TABLE sendertrust_signature (
 	user_id          TEXT NOT NULL,
 	identity_key     TEXT NOT NULL,
