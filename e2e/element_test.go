@@ -12,8 +12,13 @@ import (
 // newElement makes a person who uses Element's crypto, without a cross-signing identity.
 func (w *world) newElement(t *testing.T, name string) *element.Client {
 	t.Helper()
-	localpart := must(w.register(within(t, patience), name))(t)
-	client := must(element.Start(within(t, startPatience), w.root, w.server.URL, localpart, password))(t)
+	return w.newElementDevice(t, must(w.register(within(t, patience), name))(t))
+}
+
+// newElementDevice makes a new device of an account. User is a localpart or a whole user ID.
+func (w *world) newElementDevice(t *testing.T, user string) *element.Client {
+	t.Helper()
+	client := must(element.Start(within(t, startPatience), w.root, w.server.URL, user, password))(t)
 	t.Cleanup(func() {
 		if err := client.Close(); err != nil {
 			t.Error(err)

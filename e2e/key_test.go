@@ -72,6 +72,18 @@ func TestWithheldKeyIsUnableToDecryptWithTheReason(t *testing.T) {
 	}
 }
 
+// lateBy lets time pass, for what is to come late.
+func lateBy(t *testing.T, delay time.Duration) {
+	t.Helper()
+	late := time.NewTimer(delay)
+	defer late.Stop()
+	select {
+	case <-late.C:
+	case <-t.Context().Done():
+		t.Fatal(t.Context().Err())
+	}
+}
+
 func TestKeyFiveSecondsAfterTheMessageGivesTheRightVerdictOnly(t *testing.T) {
 	t.Parallel()
 	w := theWorld(t)
@@ -80,12 +92,7 @@ func TestKeyFiveSecondsAfterTheMessageGivesTheRightVerdictOnly(t *testing.T) {
 	ctx := within(t, patience)
 	eventID, session, err := alice.SendWithoutKey(ctx, room, say("a moment"))
 	ok(t, err)
-	late := time.NewTimer(5 * time.Second)
-	select {
-	case <-late.C:
-	case <-ctx.Done():
-		t.Fatal(ctx.Err())
-	}
+	lateBy(t, 5*time.Second)
 	ok(t, alice.ShareKey(ctx, session, w.bot.UserID))
 	want := unverifiedIdentity(alice, masterKey, session.ID)
 	want.EventID = eventID

@@ -112,18 +112,44 @@ func newBot(options Options) (*Bot, error) {
 	if options.Configure != nil {
 		options.Configure(config)
 	}
-	written, err := yaml.Marshal(config)
-	if err != nil {
-		return nil, fmt.Errorf("failed to write the bot's configuration: %w", err)
-	}
-	if err = os.WriteFile(bot.ConfigPath(), written, 0o600); err != nil {
-		return nil, fmt.Errorf("failed to write the bot's configuration: %w", err)
-	}
-	return bot, nil
+	return bot, bot.writeConfig(config)
 }
 
 // ConfigPath is the bot's configuration file. The bot writes generated secrets into it.
 func (b *Bot) ConfigPath() string { return filepath.Join(b.options.Dir, "config.yaml") }
+
+// Config reads the configuration, as the bot has completed it.
+func (b *Bot) Config() (config Config, err error) {
+	written, err := os.ReadFile(b.ConfigPath())
+	if err == nil {
+		err = yaml.Unmarshal(written, &config)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the bot's configuration: %w", err)
+	}
+	return config, nil
+}
+
+// Reconfigure changes the configuration, for the next [Bot.Restart].
+func (b *Bot) Reconfigure(change func(Config)) error {
+	config, err := b.Config()
+	if err != nil {
+		return err
+	}
+	change(config)
+	return b.writeConfig(config)
+}
+
+func (b *Bot) writeConfig(config Config) error {
+	written, err := yaml.Marshal(config)
+	if err == nil {
+		err = os.WriteFile(b.ConfigPath(), written, 0o600)
+	}
+	if err != nil {
+		return fmt.Errorf("failed to write the bot's configuration: %w", err)
+	}
+	return nil
+}
 
 // DBPath is the bot's SQLite database.
 func (b *Bot) DBPath() string { return filepath.Join(b.options.Dir, "sendertrust.db") }
@@ -309,24 +335,18 @@ const mostForeignLines = 40
 
 // configuredSecrets reads the secrets in the configuration, as the bot has completed it.
 func (b *Bot) configuredSecrets() ([]string, error) {
-	written, err := os.ReadFile(b.ConfigPath())
+	config, err := b.Config()
 	if err != nil {
-		return nil, fmt.Errorf("failed to read the bot's configuration: %w", err)
+		return nil, err
 	}
-	var config struct {
-		Account struct {
-			Password    string
-			AccessToken string `yaml:"access_token"`
-			RecoveryKey string `yaml:"recovery_key"`
-		}
-		Encryption struct {
-			PickleKey string `yaml:"pickle_key"`
-		}
+	text := func(section, key string) string {
+		settings, _ := config[section].(Config)
+		value, _ := settings[key].(string)
+		return value
 	}
-	if err = yaml.Unmarshal(written, &config); err != nil {
-		return nil, fmt.Errorf("failed to read the bot's configuration: %w", err)
-	}
-	return []string{config.Account.Password, config.Account.AccessToken, config.Account.RecoveryKey, config.Encryption.PickleKey}, nil
+	return []string{
+		text("account", "password"), text("account", "access_token"), text("account", "recovery_key"), text("encryption", "pickle_key"),
+	}, nil
 }
 
 // logLines collects what the bot writes, line by line.

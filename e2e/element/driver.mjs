@@ -29,7 +29,7 @@ process.on("unhandledRejection", (reason) => logger.warn("unhandled rejection:",
 
 const sdk = await import("matrix-js-sdk");
 const wasm = await import("@matrix-org/matrix-sdk-crypto-wasm");
-const { EventShieldColour, EventShieldReason } = await import("matrix-js-sdk/lib/crypto-api/index.js");
+const { EventShieldColour, EventShieldReason, decodeRecoveryKey } = await import("matrix-js-sdk/lib/crypto-api/index.js");
 
 const annotationKey = "dev.sendertrust.annotation";
 const defaultTimeout = 60_000;
@@ -249,6 +249,14 @@ const methods = {
         return { master_key: await ownMasterKey(), recovery_key: recoveryKey.encodedPrivateKey };
     },
 
+    async useRecovery({ password, recovery_key }) {
+        recoveryKey = { privateKey: decodeRecoveryKey(recovery_key) };
+        await crypto().bootstrapCrossSigning({ authUploadDeviceSigningKeys: authenticate(password) });
+        await crypto().loadSessionBackupPrivateKeyFromSecretStorage();
+        await crypto().checkKeyBackupAndEnable();
+        return { master_key: await ownMasterKey() };
+    },
+
     async invite({ room, user, share_history }) {
         await client.invite(room, user, { shareEncryptedHistory: share_history });
         return {};
@@ -269,6 +277,16 @@ const methods = {
         return { master_key: masterKeyOf(verified) };
     },
 
+    async learn({ user }) {
+        const identity = await queryIdentity(user);
+        return { master_key: identity ? masterKeyOf(identity) : "" };
+    },
+
+    async withdrawVerification({ user }) {
+        await crypto().withdrawVerificationRequirement(user);
+        return {};
+    },
+
     async createRoom({ encrypted, invite, name, timeout_ms }) {
         const { room_id } = await client.createRoom({
             preset: "private_chat",
@@ -282,7 +300,10 @@ const methods = {
         return { room_id };
     },
 
-    async join({ room, timeout_ms }) {
+    async join({ room, invited, timeout_ms }) {
+        // The SDK takes the keys that come with an invitation only when it knows of the invitation.
+        const known = () => client.getRoom(room)?.getMyMembership() === "invite";
+        if (invited) await until(known, timeout_ms, `the invitation to ${room} comes`);
         await client.joinRoom(room);
         await roomReady(room, timeout_ms);
         return {};
@@ -349,6 +370,16 @@ const methods = {
     async shield({ event_id, timeout_ms }) {
         await methods.waitForEvent({ event_id, timeout_ms });
         return shields(eventByID(event_id));
+    },
+
+    async look({ event_id, timeout_ms }) {
+        const found = () => {
+            const event = eventByID(event_id);
+            return readable(event) || event?.isDecryptionFailure() ? event : null;
+        };
+        const event = await until(found, timeout_ms, () => `${event_id} comes; ${why(event_id)}`);
+        const failure = event.isDecryptionFailure() ? event.decryptionFailureReason : "";
+        return { failure, ...(await shields(event)) };
     },
 
     async logout() {

@@ -93,6 +93,12 @@ func (c *Client) SetUpRecovery(ctx context.Context, backup bool) (masterKey id.E
 	return result.MasterKey, result.RecoveryKey, err
 }
 
+// UseRecovery takes the identity that the account has, and the key of its key backup, out of the secret storage, as Element does for a new
+// device. It returns the public master key.
+func (c *Client) UseRecovery(ctx context.Context, recoveryKey string) (id.Ed25519, error) {
+	return c.masterKey(ctx, "useRecovery", params{"password": c.password, "recovery_key": recoveryKey})
+}
+
 // Invite invites a user to a room. With shareHistory it gives the keys of earlier messages (MSC4268), those that may be shared.
 func (c *Client) Invite(ctx context.Context, room id.RoomID, user id.UserID, shareHistory bool) error {
 	return c.call(ctx, "invite", params{"room": room, "user": user, "share_history": shareHistory}, nil)
@@ -101,6 +107,16 @@ func (c *Client) Invite(ctx context.Context, room id.RoomID, user id.UserID, sha
 // MasterKey asks the homeserver for the public master key of a user.
 func (c *Client) MasterKey(ctx context.Context, user id.UserID) (id.Ed25519, error) {
 	return c.masterKey(ctx, "masterKey", params{"user": user})
+}
+
+// Learn has the client ask the homeserver for all keys of a user, and returns the master key; empty when the user has none.
+func (c *Client) Learn(ctx context.Context, user id.UserID) (id.Ed25519, error) {
+	return c.masterKey(ctx, "learn", params{"user": user})
+}
+
+// WithdrawVerification takes back the demand that a user be verified. The signature that was made stays.
+func (c *Client) WithdrawVerification(ctx context.Context, user id.UserID) error {
+	return c.call(ctx, "withdrawVerification", params{"user": user}, nil)
 }
 
 // VerifyUser signs the master key that a user has now, without asking anybody, and returns it. Both need a cross-signing identity.
@@ -129,6 +145,11 @@ func (c *Client) CreateRoom(ctx context.Context, room Room) (id.RoomID, error) {
 // Join joins a room, and returns when the client knows it, and that it is encrypted if so.
 func (c *Client) Join(ctx context.Context, room id.RoomID) error {
 	return c.call(ctx, "join", params{"room": room}, nil)
+}
+
+// JoinInvited is Join that waits for the invitation, so that the keys of earlier messages that come with it (MSC4268) are taken.
+func (c *Client) JoinInvited(ctx context.Context, room id.RoomID) error {
+	return c.call(ctx, "join", params{"room": room, "invited": true}, nil)
 }
 
 // WaitForEncryption waits until the client knows that the room is encrypted.
@@ -210,6 +231,20 @@ func (c *Client) Shield(ctx context.Context, eventID id.EventID) (Shields, error
 	var result Shields
 	err := c.call(ctx, "shield", params{"event_id": eventID}, &result)
 	return result, err
+}
+
+// View is how the client sees an event now.
+type View struct {
+	Shields
+	// Failure is as in [Event]; there are no shields then.
+	Failure string `json:"failure"`
+}
+
+// Look waits until an event has come, and tells how the client sees it now, whether or not it can be decrypted.
+func (c *Client) Look(ctx context.Context, eventID id.EventID) (View, error) {
+	var view View
+	err := c.call(ctx, "look", params{"event_id": eventID}, &view)
+	return view, err
 }
 
 // Logout deletes the device and its keys from the homeserver, and closes the client.

@@ -3,9 +3,13 @@ package people
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"net/http"
 
 	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/crypto/olm"
+	"maunium.net/go/mautrix/crypto/signatures"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -31,6 +35,58 @@ func (p *Person) BootstrapCrossSigning(ctx context.Context) (id.Ed25519, error) 
 // who took the account over. It returns the new master key.
 func (p *Person) ResetIdentity(ctx context.Context) (id.Ed25519, error) {
 	return p.BootstrapCrossSigning(ctx)
+}
+
+// RotateSelfSigningKey replaces the account's self-signing key by a new one that the same master key signs. With resign this device is
+// signed with it; without, nothing is left that vouches for the device, and it can no longer sign itself.
+func (p *Person) RotateSelfSigningKey(ctx context.Context, resign bool) error {
+	p.machineLock.Lock()
+	defer p.machineLock.Unlock()
+	fresh, err := olm.NewPKSigning()
+	if err != nil {
+		return fmt.Errorf("failed to make a self-signing key: %w", err)
+	}
+	if err = p.publishSelfSigningKey(ctx, fresh.PublicKey()); err != nil {
+		return fmt.Errorf("%s failed to publish a self-signing key: %w", p.UserID, err)
+	}
+	if !resign {
+		p.machine.CrossSigningKeys = nil
+		return nil
+	}
+	p.machine.CrossSigningKeys.SelfSigningKey = fresh
+	if err = p.machine.SignOwnDevice(ctx, p.machine.OwnIdentity()); err != nil {
+		return fmt.Errorf("%s failed to sign the own device: %w", p.UserID, err)
+	}
+	return nil
+}
+
+// publishSelfSigningKey publishes that key alone: mautrix would publish the master key with it, and Synapse fails when it has that already.
+func (p *Person) publishSelfSigningKey(ctx context.Context, key id.Ed25519) error {
+	object := mautrix.CrossSigningKeys{
+		UserID: p.UserID,
+		Usage:  []id.CrossSigningUsage{id.XSUsageSelfSigning},
+		Keys:   map[id.KeyID]id.Ed25519{id.NewKeyID(id.KeyAlgorithmEd25519, key.String()): key},
+	}
+	masterKey := p.machine.CrossSigningKeys.MasterKey
+	signature, err := masterKey.SignJSON(object)
+	if err != nil {
+		return err
+	}
+	object.Signatures = signatures.NewSingleSignature(p.UserID, id.KeyAlgorithmEd25519, masterKey.PublicKey().String(), signature)
+	body := map[string]any{"self_signing_key": object}
+	url := p.Client.BuildClientURL("v3", "keys", "device_signing", "upload")
+	answer, err := p.Client.MakeRequest(ctx, http.MethodPost, url, body, nil)
+	var refused mautrix.HTTPError
+	if !errors.As(err, &refused) || !refused.IsStatus(http.StatusUnauthorized) {
+		return err
+	}
+	var challenge mautrix.RespUserInteractive
+	if err = json.Unmarshal(answer, &challenge); err != nil {
+		return fmt.Errorf("failed to read the question for the password: %w", err)
+	}
+	body["auth"] = p.authorise(&challenge)
+	_, err = p.Client.MakeRequest(ctx, http.MethodPost, url, body, nil)
+	return err
 }
 
 // authorise answers the homeserver's question for the password (user-interactive authentication).
