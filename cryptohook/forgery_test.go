@@ -100,14 +100,22 @@ var forgeries = map[string]func(f *forger){
 		f.show(func(object) {})
 	},
 	"two devices with one curve25519 key, the other one signed": func(f *forger) {
-		twin := &actorDevice{owner: f.alice.owner, deviceID: "TWIN", account: crypto.NewOlmAccount(), crossSigned: true}
-		keys := twin.selfSignedKeys()
-		keys["keys"].(object)["curve25519:TWIN"] = f.alice.senderKey().String()
-		delete(keys, "signatures")
-		signInto(keys, f.alice.owner.userID, "TWIN", twin.account)
-		signInto(keys, f.alice.owner.userID, f.alice.owner.selfSigningKey().String(), f.alice.owner.selfSigning)
 		f.show(func(object) {})
-		f.published["TWIN"] = keys
+		f.published["TWIN"] = f.twin()
+	},
+	"a signed device with this device's curve25519 key": func(f *forger) {
+		f.embedded, f.published["TWIN"] = f.alice.selfSignedKeys(), f.twin()
+	},
+	"a forged signature that the server shows for a while": func(f *forger) {
+		f.show(f.forgeSignature)
+		f.know(f.alice.owner)
+		f.show(func(object) {})
+	},
+	"a forged signature that another message showed": func(f *forger) {
+		f.show(f.forgeSignature)
+		f.sync(syncPart{toDevice: []object{f.share(f.alice, newMegolm(trustRoom), embedding(f.embedded))}})
+		f.resolve()
+		f.show(func(object) {})
 	},
 	"nothing signed at all, and small keys that fit any signature": func(f *forger) {
 		const weak = id.Ed25519("AQAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA")
@@ -117,6 +125,21 @@ var forgeries = map[string]func(f *forger){
 		putSignature(f.ssk, f.alice.owner.userID, weak.String(), fitsAll)
 		f.show(func(keys object) { putSignature(keys, f.alice.owner.userID, weak.String(), fitsAll) })
 	},
+}
+
+// twin are the keys of another device of Alice's, properly signed, that says that it has this one's curve25519 key.
+func (f *forger) twin() object {
+	twin := &actorDevice{owner: f.alice.owner, deviceID: "TWIN", account: crypto.NewOlmAccount()}
+	keys := twin.selfSignedKeys()
+	keys["keys"].(object)["curve25519:TWIN"] = f.alice.senderKey().String()
+	delete(keys, "signatures")
+	signInto(keys, f.alice.owner.userID, "TWIN", twin.account)
+	signInto(keys, f.alice.owner.userID, f.alice.owner.selfSigningKey().String(), f.alice.owner.selfSigning)
+	return keys
+}
+
+func (f *forger) forgeSignature(keys object) {
+	putSignature(keys, f.alice.owner.userID, f.alice.owner.selfSigningKey().String(), forgedSignature())
 }
 
 // show has the server and the message show Alice's device, with what a forger makes of its keys.
@@ -159,21 +182,25 @@ func newForger(t *testing.T, verified, knownBefore bool) *forger {
 		f.know(f.alice.owner)
 	}
 	f.server.add(f.alice.owner)
+	f.server.forge = f.lie
 	f.master, f.ssk = f.alice.owner.masterObject(), f.alice.owner.selfSigningObject()
 	return f
 }
 
+// lie puts what is shown of Alice into an answer to a key query.
+func (f *forger) lie(answer object) {
+	devices := object{}
+	for deviceID, keys := range f.published {
+		devices[deviceID.String()] = keys
+	}
+	answer["device_keys"].(object)["@alice:test"] = devices
+	answer["master_keys"].(object)["@alice:test"] = f.master
+	answer["self_signing_keys"].(object)["@alice:test"] = f.ssk
+}
+
 func (f *forger) deceive(name string, embeds bool) {
 	f.t.Helper()
-	f.server.forge = func(answer object) {
-		devices := object{}
-		for deviceID, keys := range f.published {
-			devices[deviceID.String()] = keys
-		}
-		answer["device_keys"].(object)["@alice:test"] = devices
-		answer["master_keys"].(object)["@alice:test"] = f.master
-		answer["self_signing_keys"].(object)["@alice:test"] = f.ssk
-	}
+
 	session := newMegolm(trustRoom)
 	embed := withoutDeviceKeys
 	if embeds {
