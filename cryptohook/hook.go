@@ -77,6 +77,7 @@ type Hook struct {
 	bundles   *keyBundles
 	syncer    *syncer
 	transport *transport
+	questions keyQuestions
 	// background are goroutines that answer other devices' requests.
 	background sync.WaitGroup
 	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"sync"
 
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix"
@@ -19,9 +20,50 @@ type keyQuery struct {
 	SelfSigningKeys map[id.UserID]json.RawMessage                 `json:"self_signing_keys"`
 }
 
+// keyQuestions are the key queries that are under way, whoever makes them. They overtake each other: an answer is older than one that
+// has come before it if it was asked for earlier, and must not take its place.
+type keyQuestions struct {
+	mu sync.Mutex
+	// last is the number of the last one that was begun.
+	last  uint64
+	asked int
+	// newest is the number of the newest answer that has come for a user, since there was a time without any question.
+	newest map[id.UserID]uint64
+}
+
+func (q *keyQuestions) begin() (number uint64) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.last++
+	q.asked++
+	return q.last
+}
+
+func (q *keyQuestions) end() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.asked--; q.asked == 0 {
+		clear(q.newest)
+	}
+}
+
+// answers says whether there was no answer for the user yet to a later question.
+func (q *keyQuestions) answers(userID id.UserID, number uint64) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.newest == nil {
+		q.newest = make(map[id.UserID]uint64)
+	}
+	if q.newest[userID] > number {
+		return false
+	}
+	q.newest[userID] = number
+	return true
+}
+
 // observeKeyQuery stores what a /keys/query answer proves, before mautrix sees it. Users that were not asked about are
 // ignored. An unreadable answer is left to mautrix to complain about.
-func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
+func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) error {
 	ctx := req.Context()
 	var asked mautrix.ReqQueryKeys
 	if req.GetBody == nil {
@@ -42,7 +84,7 @@ func (h *Hook) observeKeyQuery(req *http.Request, body []byte) error {
 	err = h.learn(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		answered = answered[:0]
 		for userID, devices := range asked.DeviceKeys {
-			if _, ok := answer.DeviceKeys[userID]; !ok {
+			if _, ok := answer.DeviceKeys[userID]; !ok || !h.questions.answers(userID, number) {
 				continue
 			}
 			if err := h.storePublished(ctx, userID, &answer, len(devices) == 0); err != nil {

@@ -176,6 +176,55 @@ func TestListThatChangesDuringTheQueryIsAskedForAgain(t *testing.T) {
 	}
 }
 
+// Two questions are under way, and the answer to the first one comes last: it tells of an identity that was replaced meanwhile.
+func TestAnswerThatWasOvertakenIsIgnored(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	former, s := alice.owner.masterKey(), newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s)}})
+	late := &lateServer{RoundTripper: w.server, answered: make(chan struct{}), go_: make(chan struct{})}
+	w.hook.transport.base = late
+	ask := func() {
+		if _, err := w.hook.mach.FetchKeys(w.ctx, []id.UserID{"@alice:test"}, true); err != nil {
+			t.Error(err)
+		}
+	}
+	var first sync.WaitGroup
+	first.Go(ask)
+	<-late.answered
+	alice.owner.reset()
+	w.hook.transport.base = w.server
+	ask()
+	close(late.go_)
+	first.Wait()
+	w.resolve()
+	if identity := must(w.hook.store.identity(w.ctx, "@alice:test")); identity.MasterKey != alice.owner.masterKey() || identity.MasterKey == former {
+		t.Error("the older answer counts")
+	}
+	wantCode(t, w.judgeNow(w.say(alice, s, "hello")), CodeIdentityChanged)
+	// When there is no question any more, nothing can be overtaken.
+	alice.owner.reset()
+	ask()
+	if identity := must(w.hook.store.identity(w.ctx, "@alice:test")); identity.MasterKey != alice.owner.masterKey() {
+		t.Error("the next answer does not count")
+	}
+	if remembered := len(w.hook.questions.newest); remembered > 0 {
+		t.Errorf("%d answers are remembered, and there is no question", remembered)
+	}
+}
+
+// lateServer has its answers ready, and holds them back.
+type lateServer struct {
+	http.RoundTripper
+	answered, go_ chan struct{}
+}
+
+func (s *lateServer) RoundTrip(req *http.Request) (*http.Response, error) {
+	resp, err := s.RoundTripper.RoundTrip(req)
+	s.answered <- struct{}{}
+	<-s.go_
+	return resp, err
+}
+
 func TestGuardsAreReleasedWhenTheWorkFails(t *testing.T) {
 	w := newTrustWorld(t)
 	alice := newActor("@alice:test").addDevice("ALICE")

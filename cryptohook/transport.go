@@ -40,13 +40,19 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 			return nil, fmt.Errorf("refusing to send an Olm message whose ratchet could not be stored: %w", err)
 		}
 	}
+	keyQuery := strings.HasSuffix(path, "/keys/query")
+	var number uint64
+	if keyQuery {
+		number = t.hook.questions.begin()
+		defer t.hook.questions.end()
+	}
 	resp, err := t.base.RoundTrip(req)
 	if err != nil || resp.StatusCode != http.StatusOK {
 		return resp, err
 	}
 	switch {
-	case strings.HasSuffix(path, "/keys/query"):
-		return replaceBody(resp, func(body []byte) ([]byte, error) { return body, t.hook.observeKeyQuery(req, body) })
+	case keyQuery:
+		return replaceBody(resp, func(body []byte) ([]byte, error) { return body, t.hook.observeKeyQuery(req, number, body) })
 	case strings.HasSuffix(path, "/sync") && t.lenientSync.Swap(false):
 		return replaceBody(resp, func(body []byte) ([]byte, error) { return dropMalformedEvents(req.Context(), body) })
 	}

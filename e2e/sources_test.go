@@ -129,13 +129,10 @@ func TestElementSendsAMissingKeyOn(t *testing.T) {
 	expectHearsay(t, bot, alice, session, "another device of this bot's own account")
 }
 
-// MSC4268: who invites the bot with Element's "share history" gives it the keys of what others said before.
-func TestElementGivesTheHistoryWithAnInvitation(t *testing.T) {
-	t.Parallel()
-	w := theWorld(t)
-	alice, _ := w.newStranger(t, "alice")
-	inviter := w.newElement(t, "inviter")
-	ctx := within(t, 3*patience)
+// historyOf makes a room of the inviter's, in which alice has given the inviter alone a key that may be handed on (MSC4268).
+func historyOf(t *testing.T, alice *people.Person, inviter *element.Client) (id.RoomID, *people.Session) {
+	t.Helper()
+	ctx := within(t, 2*patience)
 	must(inviter.BootstrapCrossSigning(ctx))(t)
 	room := must(inviter.CreateRoom(ctx, element.Room{Encrypted: true, Invite: []id.UserID{alice.UserID}}))(t)
 	ok(t, alice.Join(ctx, room))
@@ -143,7 +140,18 @@ func TestElementGivesTheHistoryWithAnInvitation(t *testing.T) {
 	session := must(alice.NewSession(room))(t)
 	ok(t, alice.ShareKey(ctx, session, inviter.UserID(),
 		people.Set(true, "content", "shared_history"), people.Set(true, "content", "org.matrix.msc3061.shared_history")))
-	must(inviter.WaitForEvent(ctx, must(alice.SendWith(ctx, session, say("before the bot came")))(t)))(t)
+	must(inviter.WaitForEvent(ctx, must(alice.SendWith(ctx, session, say("before anybody else came")))(t)))(t)
+	return room, session
+}
+
+// Who invites the bot with Element's "share history" gives it the keys of what others said before.
+func TestElementGivesTheHistoryWithAnInvitation(t *testing.T) {
+	t.Parallel()
+	w := theWorld(t)
+	alice, _ := w.newStranger(t, "alice")
+	inviter := w.newElement(t, "inviter")
+	room, session := historyOf(t, alice, inviter)
+	ctx := within(t, patience)
 	ok(t, inviter.Invite(ctx, room, w.bot.UserID, true))
 	ok(t, alice.WaitJoined(ctx, room, w.bot.UserID))
 	expectHearsay(t, w.bot, alice, session, "the word of "+inviter.UserID().String())
