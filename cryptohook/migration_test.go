@@ -254,7 +254,7 @@ func TestInterruptedMigrationGoesOn(t *testing.T) {
 	if interruptions != 3 {
 		t.Errorf("interrupted %d times", interruptions)
 	}
-	if rows := w.countRows("sender_key='somebody'"); rows != many {
+	if rows := w.countRows("sender='@somebody:test'"); rows != many {
 		t.Errorf("%d of %d sessions have a claim", rows, many)
 	}
 }

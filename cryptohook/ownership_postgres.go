@@ -69,6 +69,8 @@ func ownPostgres(ctx context.Context, db *dbutil.Database) (*Ownership, error) {
 		return nil, err
 	}
 	owned := newOwnership()
+	// What is left of a former ownership was cut by whoever has had the database since.
+	pool.owner.Store(nil)
 	if err = owned.takeOver(ctx, db, lock); err != nil {
 		closeNow(lock)
 		return nil, err

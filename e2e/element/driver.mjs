@@ -282,6 +282,10 @@ const methods = {
         return { master_key: identity ? masterKeyOf(identity) : "" };
     },
 
+    async needsApproval({ user }) {
+        return { needs_approval: (await crypto().getUserVerificationStatus(user)).needsUserApproval };
+    },
+
     async withdrawVerification({ user }) {
         await crypto().withdrawVerificationRequirement(user);
         return {};

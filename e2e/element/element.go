@@ -114,6 +114,15 @@ func (c *Client) Learn(ctx context.Context, user id.UserID) (id.Ed25519, error) 
 	return c.masterKey(ctx, "learn", params{"user": user})
 }
 
+// NeedsApproval says whether the client holds that its user should look at a change of another's identity.
+func (c *Client) NeedsApproval(ctx context.Context, user id.UserID) (bool, error) {
+	var result struct {
+		NeedsApproval bool `json:"needs_approval"`
+	}
+	err := c.call(ctx, "needsApproval", params{"user": user}, &result)
+	return result.NeedsApproval, err
+}
+
 // WithdrawVerification takes back the demand that a user be verified. The signature that was made stays.
 func (c *Client) WithdrawVerification(ctx context.Context, user id.UserID) error {
 	return c.call(ctx, "withdrawVerification", params{"user": user}, nil)
