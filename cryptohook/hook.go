@@ -186,7 +186,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 
 // openStores brings the tables up to date and checks whose they are.
 func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
-	db, accountID := h.options.DB, h.client.UserID.String()
+	db := h.options.DB
 	dbLog := DatabaseLog(h.log)
 	if h.client.StateStore == nil {
 		stateStore := sqlstatestore.NewSQLStateStore(db, dbLog, false)
@@ -199,7 +199,7 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 	if !ok {
 		return nil, errors.New("cryptohook: the client's StateStore has to implement crypto.StateStore")
 	}
-	cryptoStore := crypto.NewSQLCryptoStore(db, dbLog, accountID, h.client.DeviceID, h.options.PickleKey)
+	cryptoStore := crypto.NewSQLCryptoStore(db, dbLog, h.client.UserID.String(), h.client.DeviceID, h.options.PickleKey)
 	if err := cryptoStore.DB.Upgrade(ctx); err != nil {
 		return nil, fmt.Errorf("failed to upgrade the crypto store: %w", err)
 	}
@@ -208,8 +208,14 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 	if err := h.store.Upgrade(ctx); err != nil {
 		return nil, fmt.Errorf("failed to upgrade the sender data: %w", err)
 	}
-	if err := h.store.checkAccount(ctx, accountID, h.client.DeviceID); err != nil {
+	stored, err := h.store.account(ctx, h.client.UserID)
+	switch {
+	case err != nil:
 		return nil, err
+	case stored != nil && stored.deviceID != h.client.DeviceID:
+		return nil, fmt.Errorf("%w: it was made for %s, and the client is %s", ErrOtherDevice, stored.deviceID, h.client.DeviceID)
+	case stored != nil:
+		cryptoStore.AccountID = stored.id
 	}
 	h.uow = newUnitOfWork(cryptoStore)
 	h.uow.transaction = h.store.write
@@ -369,9 +375,9 @@ func StoredDevice(ctx context.Context, db *dbutil.Database, userID id.UserID) (i
 	if err := cryptoStore.DB.Upgrade(ctx); err != nil {
 		return "", fmt.Errorf("failed to upgrade the crypto store: %w", err)
 	}
-	deviceID, err := cryptoStore.FindDeviceID(ctx)
-	if err != nil || deviceID != "" {
-		return deviceID, err
+	stored, err := newStore(db, dbutil.NoopLogger).account(ctx, userID)
+	if err != nil || stored == nil {
+		return "", err
 	}
-	return "", newStore(db, dbutil.NoopLogger).checkAccount(ctx, userID.String(), "")
+	return stored.deviceID, nil
 }

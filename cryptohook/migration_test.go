@@ -90,6 +90,11 @@ func newLegacyWorld(t *testing.T, sessions int) *legacyWorld {
 		// mautrix before 0.31 did not note who sent a key.
 		"UPDATE crypto_megolm_inbound_session SET source_user='' WHERE session_id='" + w.nameless[0].id().String() + "'",
 		"DELETE FROM crypto_device WHERE user_id='@alice:test'",
+		// mautrix's crypto helper gives the account no name.
+		"UPDATE crypto_account SET account_id=''",
+		"UPDATE crypto_olm_session SET account_id=''",
+		"UPDATE crypto_megolm_inbound_session SET account_id=''",
+		"UPDATE crypto_megolm_outbound_session SET account_id=''",
 	} {
 		if _, err := w.db.Exec(w.ctx, statement); err != nil {
 			t.Fatal(err)
@@ -237,7 +242,7 @@ func TestInterruptedMigrationGoesOn(t *testing.T) {
 			_, err := w.hook.store.Exec(ctx, `
 				INSERT INTO crypto_megolm_inbound_session (account_id, session_id, sender_key, signing_key, room_id, session, key_source, source_user, received_at)
 				VALUES ($1, $2, 'somebody', 'somebody', '!room:test', $3, 'direct', '@somebody:test', $4)
-			`, w.bot.userID, fmt.Sprintf("session%036d", i), pickle, w.clock.Now())
+			`, w.hook.uow.AccountID, fmt.Sprintf("session%036d", i), pickle, w.clock.Now())
 			if err != nil {
 				return err
 			}

@@ -506,23 +506,29 @@ func (s *store) holder(ctx context.Context, accountID string, sessionID id.Sessi
 	return &h, nil
 }
 
-// checkAccount refuses a database that another account or device has used.
-func (s *store) checkAccount(ctx context.Context, accountID string, deviceID id.DeviceID) error {
+// account gives what the database knows of the user's account, or nil for a new database. It refuses one that another account has used.
+// mautrix's own crypto helper gives the account no name.
+func (s *store) account(ctx context.Context, userID id.UserID) (*account, error) {
 	rows, err := s.Query(ctx, getAccountQuery)
-	if err != nil {
-		return fmt.Errorf("failed to read whose database it is: %w", err)
-	}
-	return dbutil.NewRowIter(rows, func(row dbutil.Scannable) (a account, err error) {
+	accounts, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (a account, err error) {
 		return a, row.Scan(&a.id, &a.deviceID)
-	}).Iter(func(stored account) (bool, error) {
-		switch {
-		case stored.id != accountID:
-			return false, fmt.Errorf("%w: it was made for %s, and the client is %s", ErrOtherAccount, stored.id, accountID)
-		case stored.deviceID != deviceID:
-			return false, fmt.Errorf("%w: it was made for %s, and the client is %s", ErrOtherDevice, stored.deviceID, deviceID)
+	}, err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read whose database it is: %w", err)
+	}
+	for _, stored := range accounts {
+		if stored.id != "" && stored.id != userID.String() {
+			return nil, fmt.Errorf("%w: it was made for %s, and the client is %s", ErrOtherAccount, stored.id, userID)
 		}
-		return true, nil
-	})
+	}
+	switch len(accounts) {
+	case 0:
+		return nil, nil
+	case 1:
+		return &accounts[0], nil
+	default:
+		return nil, fmt.Errorf("%w: it was made for %d", ErrOtherAccount, len(accounts))
+	}
 }
 
 type account struct {
