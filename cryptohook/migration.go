@@ -13,7 +13,8 @@ import (
 
 // Sessions from before the hook: a database of mautrix's own has Megolm sessions of whose senders nothing was kept. Once, before
 // anything else, each gets a claim of what is still known (matrix-rust-sdk #3547): how the key came, and for one that came directly
-// whose device that was. Those are looked at once, and then whenever their senders' keys are asked for; the others stay legacy.
+// whose device that was. Those are looked at once, when what their senders publish was asked for, and then whenever it is again; the
+// others stay legacy.
 
 const (
 	migrationName      = "legacy_sessions"
@@ -36,6 +37,8 @@ const (
 	`
 	countHeldQuery       = `SELECT COUNT(*) FROM crypto_megolm_inbound_session WHERE account_id=$1 AND session_id>$2`
 	getDeviceOwnersQuery = `SELECT user_id, identity_key, signing_key FROM crypto_device`
+	// What mautrix has kept of devices lacks their signatures.
+	markAllOutdatedQuery = `UPDATE crypto_tracked_user SET devices_outdated=true WHERE devices_outdated=false`
 )
 
 // heldSession is a Megolm session as mautrix stores it.
@@ -70,6 +73,9 @@ func (h *Hook) migrate(ctx context.Context) error {
 		return err
 	}
 	log := h.log.With().Str("component", "migration").Logger()
+	if err = h.store.write(ctx, h.store.markAllOutdated); err != nil {
+		return fmt.Errorf("failed to have the device lists from before the hook asked for anew: %w", err)
+	}
 	if left > 0 {
 		log.Info().Int("sessions", left).Msg("Noting what is known of the senders of sessions from before the hook")
 	}
@@ -149,6 +155,12 @@ func (h *Hook) claimOwn(claim *SenderData) {
 	if anchor := h.anchor(); anchor.masterKey != "" {
 		claim.State, claim.MasterKey, claim.signers = StateSenderVerified, anchor.masterKey, []id.Ed25519{anchor.selfSigningKey}
 	}
+}
+
+// markAllOutdated has verdicts wait for what users publish whom mautrix has asked for already.
+func (s *store) markAllOutdated(ctx context.Context) error {
+	_, err := s.Exec(ctx, markAllOutdatedQuery)
+	return err
 }
 
 // migration gives how far the migration is.

@@ -155,6 +155,9 @@ func TestSessionsFromBeforeTheHookAreMigratedAndJudged(t *testing.T) {
 	if row := w.row(w.nameless[0], w.published); row.Sender != "" || !row.NextRetry.IsZero() || !row.Legacy {
 		t.Errorf("a session whose sender nobody noted: %+v", row)
 	}
+	if current := must(w.hook.store.deviceListCurrent(w.ctx, "@alice:test")); current {
+		t.Error("a device list of which no signature is known counts as up to date")
+	}
 	queries := w.server.count("keys/query")
 	w.resolve()
 	if asked := w.server.count("keys/query") - queries; asked != 1 {
@@ -198,6 +201,10 @@ func TestMigrationLeavesClaimsAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	w.migrateAll()
+	if err := w.hook.resolver.begin(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.resolve()
 	w.check()
 	before := w.row(w.fromPublished[0], w.published)
 	w.clock.advance(time.Hour)

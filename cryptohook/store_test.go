@@ -36,7 +36,7 @@ var everyQuery = map[string]string{
 	"upsertWithheldQuery": upsertWithheldQuery, "getWithheldQuery": getWithheldQuery, "pruneWithheldQuery": pruneWithheldQuery,
 	"insertInboxQuery": insertInboxQuery, "getInboxQuery": getInboxQuery, "markHandledQuery": markHandledQuery, "pruneInboxQuery": pruneInboxQuery,
 	"getMigrationQuery": getMigrationQuery, "putMigrationQuery": putMigrationQuery, "getUnclaimedQuery": getUnclaimedQuery,
-	"countHeldQuery": countHeldQuery, "getDeviceOwnersQuery": getDeviceOwnersQuery,
+	"countHeldQuery": countHeldQuery, "markAllOutdatedQuery": markAllOutdatedQuery, "getDeviceOwnersQuery": getDeviceOwnersQuery,
 	"lastSeqQuery": lastSeqQuery, "markLateQuery": markLateQuery, "getLateQuery": getLateQuery, "wakeLateQuery": wakeLateQuery,
 	"giveUpLateQuery":    giveUpLateQuery,
 	"getKeyRequestQuery": getKeyRequestQuery, "getDueRequestsQuery": getDueRequestsQuery, "upsertKeyRequestQuery": upsertKeyRequestQuery,
@@ -52,7 +52,7 @@ var everyQuery = map[string]string{
 }
 
 // mayScan are statements on tables that are meant to be tiny: one account a database, and at most so many bundles.
-var mayScan = map[string]bool{"getDeviceOwnersQuery": true, "getAccountQuery": true, "getTablesQuery": true, "trimBundlesQuery": true}
+var mayScan = map[string]bool{"getDeviceOwnersQuery": true, "markAllOutdatedQuery": true, "getAccountQuery": true, "getTablesQuery": true, "trimBundlesQuery": true}
 
 // everyOwnQuery are the statements that only one of the databases knows. None but the first reads a table of ours.
 var everyOwnQuery = map[string]string{
