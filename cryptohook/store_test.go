@@ -51,7 +51,8 @@ var everyQuery = map[string]string{
 	"getGenerationQuery":      getGenerationQuery, "getHolderNameQuery": getHolderNameQuery, "raiseQuery": raiseQuery, "getTablesQuery": getTablesQuery,
 }
 
-// mayScan are statements on tables that are meant to be tiny: one account a database, and at most so many bundles.
+// mayScan are statements on tables that are meant to be tiny (one account a database, and at most so many bundles), and two that are made
+// once in a database's life, of everything that mautrix has kept there.
 var mayScan = map[string]bool{"getDeviceOwnersQuery": true, "markAllOutdatedQuery": true, "getAccountQuery": true, "getTablesQuery": true, "trimBundlesQuery": true}
 
 // everyOwnQuery are the statements that only one of the databases knows. None but the first reads a table of ours.
