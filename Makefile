@@ -21,7 +21,7 @@ test: ## all tests: units with the race detector, again on PostgreSQL, then Syna
 	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
-	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./cryptohook
+	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./bot ./cryptohook
 	$(GO) test -tags $(TAGS) -v -run HistoryIsJudged -timeout 10m ./cryptohook -rapid.nofailfile -rapid.checks=1040 -rapid.steps=100
 	$(GO) test -tags $(TAGS) -count 1 -p 1 -v -timeout 12m ./e2e/...
 
@@ -29,7 +29,7 @@ test: ## all tests: units with the race detector, again on PostgreSQL, then Syna
 test-unit: ## the tests that need no homeserver
 	@./e2e/setup.sh go postgres >/dev/null
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
-	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./cryptohook
+	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./bot ./cryptohook
 
 .PHONY: fmt
 fmt:

@@ -9,7 +9,6 @@ import (
 	"github.com/rs/zerolog"
 
 	"sendertrust/cryptohook"
-	"sendertrust/e2e/postgres"
 )
 
 func botWithDatabase(t *testing.T, kind, uri string) *Bot {
@@ -103,15 +102,7 @@ func TestCheckSaysWhatAFileHolds(t *testing.T) {
 }
 
 func TestCheckSaysWhatAServerHolds(t *testing.T) {
-	server, err := postgres.Start(t.Context(), "..")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := server.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
+	server := postgresServer(t)
 	uri, err := server.NewDatabase(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -23,7 +22,7 @@ type revisedRooms struct {
 	t       *testing.T
 	bot     *Bot
 	now     time.Time
-	file    string
+	open    func() *dbutil.Database
 	verdict map[id.SessionID]cryptohook.Verdict
 	sent    []sentEvent
 	// refused: the homeserver takes nothing; failing: the context ends while sending.
@@ -67,7 +66,7 @@ func (s sentEvent) code() string {
 
 func newRevisedRooms(t *testing.T, mode string) *revisedRooms {
 	t.Helper()
-	w := &revisedRooms{t: t, now: time.UnixMilli(1_700_000_000_000), file: filepath.Join(t.TempDir(), "bot.db"), verdict: make(map[id.SessionID]cryptohook.Verdict)}
+	w := &revisedRooms{t: t, now: time.UnixMilli(1_700_000_000_000), open: newDatabase(t), verdict: make(map[id.SessionID]cryptohook.Verdict)}
 	config := defaultConfig()
 	config.Annotate.Mode = mode
 	w.bot = testBot(t)
@@ -78,12 +77,7 @@ func newRevisedRooms(t *testing.T, mode string) *revisedRooms {
 
 func (w *revisedRooms) start() {
 	w.t.Helper()
-	db, err := dbutil.NewWithDialect("file:"+w.file+"?_txlock=immediate", "sqlite3-fk-wal")
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	w.t.Cleanup(func() { _ = db.Close() })
-	w.bot.db = db
+	w.bot.db = w.open()
 	w.bot.reviser = w.bot.newReviser()
 	w.bot.reviser.review = func(_ context.Context, told cryptohook.Verdict, _ id.UserID) (cryptohook.Verdict, error) {
 		now, changed := w.verdict[told.SessionID]
@@ -94,7 +88,7 @@ func (w *revisedRooms) start() {
 		return now, nil
 	}
 	w.bot.reviser.send = w.send
-	if err = w.bot.reviser.records.Upgrade(w.t.Context()); err != nil {
+	if err := w.bot.reviser.records.Upgrade(w.t.Context()); err != nil {
 		w.t.Fatal(err)
 	}
 }
