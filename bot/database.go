@@ -23,7 +23,7 @@ const (
 
 // openDatabase prepares the database. A server is not connected to yet.
 func (b *Bot) openDatabase() (err error) {
-	pool := dbutil.PoolConfig{Type: b.config.Database.Type, URI: b.config.Database.URI.Reveal(), MaxOpenConns: 5, MaxIdleConns: 2}
+	pool := dbutil.PoolConfig{Type: b.config.Database.Type, URI: b.config.Database.URI.Reveal(), MaxOpenConns: 5, MaxIdleConns: 5}
 	if pool.Type == Postgres {
 		if b.db, err = cryptohook.OpenPostgres(pool.URI); err == nil {
 			b.db.Owner, b.db.Log = databaseOwner, cryptohook.DatabaseLog(b.log)

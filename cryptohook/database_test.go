@@ -43,7 +43,7 @@ var postgresServer struct {
 	free []string
 }
 
-func thePostgres(t *testing.T) *postgres.Server {
+func thePostgres(t testing.TB) *postgres.Server {
 	t.Helper()
 	s := &postgresServer
 	s.once.Do(func() {
@@ -83,7 +83,7 @@ func upgradeAll(ctx context.Context, uri string) error {
 }
 
 // newDatabase gives where a test may have a new database: a file, or the URI of one that has its tables already.
-func newDatabase(t *testing.T) string {
+func newDatabase(t testing.TB) string {
 	t.Helper()
 	if !onPostgres {
 		return filepath.Join(t.TempDir(), "test.db")
@@ -92,7 +92,7 @@ func newDatabase(t *testing.T) string {
 }
 
 // newPostgres gives the URI of a database on PostgreSQL that has its tables, and nothing in them.
-func newPostgres(t *testing.T) string {
+func newPostgres(t testing.TB) string {
 	t.Helper()
 	server, s := thePostgres(t), &postgresServer
 	s.mu.Lock()

@@ -97,6 +97,17 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 		wait, err = h.judgeUndecrypted(ctx, e, evt.Sender, &v, err)
 		return evt, v, wait, err
 	}
+	if len(claims) == 0 {
+		// The key has come since the claims were looked up, and may be staged only: what is known of its sender comes with it.
+		if err = h.uow.flush(ctx); err != nil {
+			return nil, v, 0, err
+		}
+		if claims, err = h.store.claims(ctx, sessionID); err != nil {
+			return nil, v, 0, err
+		} else if len(claims) > 0 {
+			return h.judgeEncrypted(ctx, e, evt)
+		}
+	}
 	if !h.options.Requirement.allows(v) {
 		v.ContentWithheld = true
 		return evt, v, 0, nil

@@ -142,3 +142,17 @@ func TestWhatNoKeyCanOpenIsNotKept(t *testing.T) {
 		t.Error("a repetition is kept")
 	}
 }
+
+// A /sync is being received: its room key can be used already, and who sent it is not stored yet.
+func TestKeyThatIsNotStoredYetBringsItsSender(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	s := newMegolm(trustRoom)
+	evt := w.say(alice, s, "hello")
+	w.sync(syncPart{timeline: []object{evt}})
+	resp, _ := w.response(syncPart{toDevice: []object{w.share(alice, s)}})
+	if _, err := w.hook.receive(w.ctx, resp); err != nil {
+		t.Fatal(err)
+	}
+	w.handle()
+	wantCode(t, w.sawOne(id.EventID(evt["event_id"].(string))), CodeUnverifiedIdentity)
+}
