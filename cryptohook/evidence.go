@@ -141,15 +141,28 @@ type signature struct {
 
 const (
 	insertSignatureQuery = `
-		INSERT INTO sendertrust_signature (user_id, identity_key, signing_key, self_signing_key) VALUES ($1, $2, $3, $4)
-		ON CONFLICT (user_id, identity_key, signing_key, self_signing_key) DO NOTHING
+		INSERT INTO sendertrust_signature (sender_id, self_signing_key)
+		SELECT id, $4 FROM sendertrust_sender WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3
+		ON CONFLICT (sender_id, self_signing_key) DO NOTHING
 	`
-	getSignersQuery    = `SELECT self_signing_key FROM sendertrust_signature WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3`
-	getSignaturesQuery = `SELECT user_id, identity_key, signing_key, self_signing_key FROM sendertrust_signature WHERE user_id=$1`
+	getSignersQuery = `
+		SELECT self_signing_key FROM sendertrust_signature
+		WHERE sender_id=(SELECT id FROM sendertrust_sender WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3)
+	`
+	getSignaturesQuery = `
+		SELECT user_id, identity_key, signing_key, self_signing_key
+		FROM sendertrust_sender JOIN sendertrust_signature ON sender_id=id WHERE user_id=$1
+	`
 )
 
-// putSignature notes a signature that was checked, and says whether it is new.
+// putSignature notes a device, and a signature on it that was checked if there is one. It says whether the signature is new.
 func (s *store) putSignature(ctx context.Context, proof signature) (added bool, err error) {
+	if _, err = s.Exec(ctx, insertSenderQuery, proof.userID, proof.senderKey, proof.signingKey); err != nil {
+		return false, fmt.Errorf("failed to store whose device it is: %w", err)
+	}
+	if proof.selfSigningKey == "" {
+		return false, nil
+	}
 	result, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey)
 	if err != nil {
 		return false, fmt.Errorf("failed to store a signature: %w", err)

@@ -254,7 +254,7 @@ func newHistory(t *testing.T, rt *rapid.T) *history {
 	h.install()
 	for _, table := range []string{
 		"crypto_account", "crypto_megolm_inbound_session", "crypto_device", "crypto_tracked_user", "crypto_cross_signing_keys",
-		"crypto_cross_signing_signatures", "sendertrust_session", "sendertrust_identity", "sendertrust_device", "sendertrust_signature",
+		"crypto_cross_signing_signatures", "sendertrust_claim", "sendertrust_sender", "sendertrust_identity", "sendertrust_device", "sendertrust_signature",
 		"sendertrust_withdrawal", "sendertrust_inbox",
 	} {
 		if _, err := h.db.Exec(h.ctx, "DELETE FROM "+table); err != nil {

@@ -26,10 +26,10 @@ const (
 		INSERT INTO sendertrust_migration (name, cursor, done) VALUES ($1, $2, $3)
 		ON CONFLICT (name) DO UPDATE SET cursor=excluded.cursor, done=excluded.done
 	`
+	// A session that somebody claims has its holder's claim, too: see claimForHolder.
 	getUnclaimedQuery = `
 		SELECT session_id, sender_key, COALESCE(signing_key, ''), room_id, key_source, source_user, received_at, EXISTS (
-			SELECT 1 FROM sendertrust_session claim
-			WHERE claim.session_id=held.session_id AND claim.sender_key=held.sender_key
+			SELECT 1 FROM sendertrust_claim claim WHERE claim.session_id=held.session_id
 		)
 		FROM crypto_megolm_inbound_session held
 		WHERE account_id=$1 AND session_id>$2 AND session IS NOT NULL

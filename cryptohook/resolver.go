@@ -597,6 +597,7 @@ func (h *Hook) lookAgain(ctx context.Context, walks map[walkKey]*derivation, sto
 		if _, err := walk.derive(ctx); err != nil {
 			return nil, err
 		}
+		walk.noteSigners()
 		walks[key] = walk
 		zerolog.Ctx(ctx).Debug().
 			Stringer("session_id", stored.SessionID).Stringer("sender", stored.Sender).Bytes("steps", walk.path).

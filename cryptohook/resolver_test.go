@@ -650,7 +650,7 @@ func TestSessionsOfOneDeviceAreJudgedAlike(t *testing.T) {
 	legacy, fresh := newMegolm(trustRoom), newMegolm(trustRoom)
 	w.sync(syncPart{toDevice: []object{w.share(alice, legacy, withoutDeviceKeys), w.share(alice, fresh, withoutDeviceKeys)}})
 	w.resolve()
-	if _, err := w.db.Exec(w.ctx, "UPDATE sendertrust_session SET legacy_session=true, retry_count=7 WHERE session_id=$1", legacy.id()); err != nil {
+	if _, err := w.db.Exec(w.ctx, "UPDATE sendertrust_claim SET legacy_session=true, retry_count=7 WHERE session_id=$1", legacy.id()); err != nil {
 		t.Fatal(err)
 	}
 	w.clock.advance(time.Hour)

@@ -265,12 +265,22 @@ func (d *derivation) usePublished(ctx context.Context, acceptable func() bool) (
 	return false, nil
 }
 
-// deviceInfo ends the walk with the device known but not proven. The session keeps the copy of its keys that it was bound to first: what
-// a newer one proves is noted already.
+// isWitnessed says that everybody who is named as a signer of the copy that the session is bound to has signed it: then all that it can
+// prove is noted, and it need not be kept. Another one may turn out to be forged.
+func (d *derivation) isWitnessed() bool {
+	named := namedSigners(d.boundKeys)
+	return len(named) == len(validSigners(d.bound, d.boundKeys, func(id.Ed25519) bool { return true }))
+}
+
+// deviceInfo ends the walk with the device known but not proven. The session keeps the copy of its keys that it was bound to first, if
+// it may say more than is noted.
 func (d *derivation) deviceInfo(askNow bool) (step, error) {
 	d.data.State = StateDeviceInfo
 	d.data.DeviceID = d.keys.DeviceID
-	d.data.DeviceKeys = d.bound
+	d.data.DeviceKeys = nil
+	if !d.isWitnessed() {
+		d.data.DeviceKeys = d.bound
+	}
 	return d.wait(askNow)
 }
 

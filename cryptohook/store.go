@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"go.mau.fi/util/dbutil"
@@ -59,45 +60,50 @@ const (
 		FROM sendertrust_session
 	`
 	getClaimsQuery     = selectSession + `WHERE session_id=$1 ORDER BY received_at_ms, sender_key`
-	getClaimQuery      = selectSession + `WHERE session_id=$1 AND sender_key=$2`
 	getDueSendersQuery = `SELECT DISTINCT sender FROM sendertrust_session WHERE next_retry_time_ms <= $1`
 	// Only what came directly can be proven by what its sender publishes: anybody may have put any sender key into an export.
 	getUnprovenOfQuery = selectSession + `WHERE sender=$1 AND state IN ('unknown_device', 'device_info') AND source='direct'`
 	getDueOfQuery      = getUnprovenOfQuery + ` AND next_retry_time_ms <= $2`
-	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_session WHERE next_retry_time_ms > $1`
-	upsertSessionQuery = `
-		INSERT INTO sendertrust_session (
-			session_id, sender_key, signing_key, room_id, sender, source, legacy_session, state, reason, device_id,
+	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_claim WHERE next_retry_time_ms > $1`
+	insertSenderQuery  = `
+		INSERT INTO sendertrust_sender (user_id, identity_key, signing_key) VALUES ($1, $2, $3)
+		ON CONFLICT (user_id, identity_key, signing_key) DO NOTHING
+	`
+	upsertClaimQuery = `
+		INSERT INTO sendertrust_claim (
+			session_id, sender_id, room_id, source, legacy_session, state, reason, device_id,
 			master_key, device_keys, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
-		) VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
-		ON CONFLICT (session_id, sender_key) DO UPDATE SET
-			signing_key=excluded.signing_key, room_id=excluded.room_id, sender=excluded.sender, source=excluded.source,
-			legacy_session=excluded.legacy_session, state=excluded.state, reason=excluded.reason, device_id=excluded.device_id,
-			master_key=excluded.master_key, device_keys=excluded.device_keys, retry_count=excluded.retry_count,
+		) VALUES ($1, ` + senderOfClaim + `, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+		ON CONFLICT (session_id, sender_id) DO UPDATE SET
+			room_id=excluded.room_id, source=excluded.source, legacy_session=excluded.legacy_session, state=excluded.state,
+			reason=excluded.reason, device_id=excluded.device_id, master_key=excluded.master_key, device_keys=excluded.device_keys, retry_count=excluded.retry_count,
 			next_retry_time_ms=excluded.next_retry_time_ms, updated_at_ms=excluded.updated_at_ms
+	`
+	senderOfClaim    = `(SELECT id FROM sendertrust_sender WHERE user_id=$2 AND identity_key=$3 AND signing_key=$4)`
+	deleteClaimQuery = `
+		DELETE FROM sendertrust_claim WHERE session_id=$1 AND sender_id=` + senderOfClaim + `
 	`
 	// What a signature of today's self-signing key ($3) proves, if $6 also of what another identity proved before.
 	rejudgeSignedQuery = `
-		UPDATE sendertrust_session SET state=$4, master_key=$2, updated_at_ms=$5
-		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		UPDATE sendertrust_claim SET state=$4, master_key=$2, updated_at_ms=$5
+		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
 		  AND (state<>$4 OR master_key<>$2) AND (master_key=$2 OR $6) AND ` + signedToday + `
 	`
 	// What an identity proved that is not today's.
 	rejudgeEarlierQuery = `
-		UPDATE sendertrust_session SET state=$4, updated_at_ms=$5
-		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		UPDATE sendertrust_claim SET state=$4, updated_at_ms=$5
+		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
 		  AND master_key<>$2 AND state<>$4 AND NOT ($6 AND ` + signedToday + `)
 	`
 	// What today's identity proved by a self-signing key that it has replaced since, and does not prove by the new one.
 	rejudgeRotatedQuery = `
-		UPDATE sendertrust_session SET state='device_info', master_key='', retry_count=1, next_retry_time_ms=$4, updated_at_ms=$5
-		WHERE sender=$1 AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		UPDATE sendertrust_claim SET state='device_info', master_key='', retry_count=1, next_retry_time_ms=$4, updated_at_ms=$5
+		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
 		  AND master_key=$2 AND NOT ` + signedToday + `
 	`
 	signedToday = `EXISTS (
 		SELECT 1 FROM sendertrust_signature signed
-		WHERE signed.user_id=sendertrust_session.sender AND signed.identity_key=sendertrust_session.sender_key
-		  AND signed.signing_key=sendertrust_session.signing_key AND signed.self_signing_key=$3
+		WHERE signed.sender_id=sendertrust_claim.sender_id AND signed.self_signing_key=$3
 	)`
 )
 
@@ -139,11 +145,13 @@ func (s *store) claims(ctx context.Context, sessionID id.SessionID) ([]*SenderDa
 
 // claim gives one device's claim on the session, or nil.
 func (s *store) claim(ctx context.Context, sessionID id.SessionID, senderKey id.SenderKey) (*SenderData, error) {
-	sd, err := scanSession(s.QueryRow(ctx, getClaimQuery, sessionID, senderKey))
-	if err = ignoreNoRows(err); err != nil {
-		return nil, fmt.Errorf("failed to read sender data: %w", err)
+	claims, err := s.claims(ctx, sessionID)
+	for _, claim := range claims {
+		if claim.SenderKey == senderKey {
+			return claim, nil
+		}
 	}
-	return sd, nil
+	return nil, err
 }
 
 // putClaim stores a claim, and the signature that has proven it. The time at which it was first received stays.
@@ -155,33 +163,35 @@ func (s *store) putClaim(ctx context.Context, sd *SenderData) error {
 const claimsPerStatement = 500
 
 var insertClaims = dbutil.NewMassInsertBuilder[*SenderData, [0]any](
-	upsertSessionQuery, "($%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d)")
+	strings.Replace(upsertClaimQuery, senderOfClaim, "$2, $3, $4", 1),
+	"($%d, (SELECT id FROM sendertrust_sender WHERE user_id=$%d AND identity_key=$%d AND signing_key=$%d), $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d)")
 
 // GetMassInsertValues implements [dbutil.MassInsertable].
 func (sd *SenderData) GetMassInsertValues() [16]any {
 	return [16]any{
-		sd.SessionID, sd.SenderKey, sd.SigningKey, sd.RoomID, sd.Sender, sd.Source, sd.Legacy, sd.State, sd.Reason, sd.DeviceID,
+		sd.SessionID, sd.Sender, sd.SenderKey, sd.SigningKey, sd.RoomID, sd.Source, sd.Legacy, sd.State, sd.Reason, sd.DeviceID,
 		sd.MasterKey, dbutil.StrPtr(string(sd.DeviceKeys)), sd.RetryCount, dbutil.UnixMilliPtr(sd.NextRetry), sd.ReceivedAt.UnixMilli(), sd.UpdatedAt.UnixMilli(),
 	}
 }
 
 // putClaims stores claims of different sessions or devices.
 func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
-	signed := make(map[signature]struct{})
+	news := make(map[signature]struct{})
+	for _, sd := range claims {
+		news[signature{sd.Sender, sd.SenderKey, sd.SigningKey, ""}] = struct{}{}
+		for _, signer := range sd.signers {
+			news[signature{sd.Sender, sd.SenderKey, sd.SigningKey, signer}] = struct{}{}
+		}
+	}
+	for proof := range news {
+		if _, err := s.putSignature(ctx, proof); err != nil {
+			return err
+		}
+	}
 	for chunk := range slices.Chunk(claims, claimsPerStatement) {
 		query, params := insertClaims.Build([0]any{}, chunk)
 		if _, err := s.Exec(ctx, query, params...); err != nil {
 			return fmt.Errorf("failed to store sender data: %w", err)
-		}
-		for _, sd := range chunk {
-			for _, signer := range sd.signers {
-				signed[signature{sd.Sender, sd.SenderKey, sd.SigningKey, signer}] = struct{}{}
-			}
-		}
-	}
-	for proof := range signed {
-		if _, err := s.putSignature(ctx, proof); err != nil {
-			return err
 		}
 	}
 	return nil
@@ -196,6 +206,13 @@ func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderDat
 	merged := mergeSenderData(stored, arrived)
 	if merged == stored {
 		return stored, nil
+	}
+	if stored != nil && (stored.Sender != merged.Sender || stored.SigningKey != merged.SigningKey) {
+		// It is known now whose device it is.
+		if _, err = s.Exec(ctx, deleteClaimQuery, stored.SessionID, stored.Sender, stored.SenderKey, stored.SigningKey); err != nil {
+			return nil, fmt.Errorf("failed to replace sender data: %w", err)
+		}
+		merged.ReceivedAt = stored.ReceivedAt
 	}
 	return merged, s.putClaim(ctx, merged)
 }

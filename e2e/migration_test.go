@@ -124,7 +124,7 @@ func copySessions(ctx context.Context, t *testing.T, db *dbutil.Database, sessio
 // count counts the claims for which that holds; before the bot has made its tables there are none.
 func count(ctx context.Context, t *testing.T, db *dbutil.Database, where string) (claims int) {
 	t.Helper()
-	if exists := must(db.TableExists(ctx, "sendertrust_session"))(t); exists {
+	if exists := must(db.TableExists(ctx, "sendertrust_claim"))(t); exists {
 		ok(t, db.QueryRow(ctx, "SELECT COUNT(*) FROM sendertrust_session WHERE "+where).Scan(&claims))
 	}
 	return claims
