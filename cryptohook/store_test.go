@@ -1,24 +1,17 @@
 package cryptohook
 
 import (
-	"database/sql"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"go/ast"
-	"go/parser"
-	"go/token"
 	"maps"
-	"path/filepath"
-	"regexp"
-	"strconv"
-	"strings"
 	"testing"
 	"time"
 
 	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/internal/queryplan"
 )
 
 // everyQuery are the statements of this package, by the names of their constants. A test finds those that are missing here.
@@ -62,142 +55,37 @@ var everyOwnQuery = map[string]string{
 	"getPostgresVersionQuery": getPostgresVersionQuery, "isLockedQuery": isLockedQuery,
 }
 
-var placeholder = regexp.MustCompile(`\$(\d+)`)
-
-// parameters counts the parameters of a statement.
-func parameters(query string) (count int) {
-	for _, match := range placeholder.FindAllStringSubmatch(query, -1) {
-		count = max(count, must(strconv.Atoi(match[1])))
+func expectPlans(t *testing.T, db *dbutil.Database, queries map[string]string) {
+	t.Helper()
+	faults, err := queryplan.Faults(t.Context(), db, queries)
+	if err != nil {
+		t.Fatal(err)
 	}
-	return count
+	for name, fault := range faults {
+		if !mayScan[name] {
+			t.Errorf("%s reads the whole table: %s", name, fault)
+		}
+	}
 }
 
 func TestEveryStatementUsesAnIndex(t *testing.T) {
 	sqliteOnly(t)
-	w := newTrustWorld(t)
-	for name, query := range everyQuery {
-		rows, err := w.db.Query(w.ctx, "EXPLAIN QUERY PLAN "+query, make([]any, parameters(query))...)
-		plan, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (detail string, err error) {
-			var unused int
-			return detail, row.Scan(&unused, &unused, &unused, &detail)
-		}, err).AsList()
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-			continue
-		}
-		for _, detail := range plan {
-			// SQLite says SEARCH of MIN and MAX even where it has to read every row.
-			scan := (strings.HasPrefix(detail, "SCAN ") || strings.HasPrefix(detail, "SEARCH ")) && !strings.Contains(detail, "USING")
-			if !mayScan[name] && (scan || strings.Contains(detail, "TEMP B-TREE FOR ORDER BY") && strings.Contains(query, "LIMIT")) {
-				t.Errorf("%s reads the whole table: %s", name, detail)
-			}
-		}
-	}
+	expectPlans(t, newTrustWorld(t).db, everyQuery)
 }
 
-// postgresPlan is a node of what EXPLAIN tells.
-type postgresPlan struct {
-	NodeType  string `json:"Node Type"`
-	Relation  string `json:"Relation Name"`
-	Index     string `json:"Index Name"`
-	Condition string `json:"Index Cond"`
-	Plans     []postgresPlan
-}
-
-// TestEveryStatementUsesAnIndexOnPostgreSQL makes reading a whole table, and sorting, so dear to the planner that it does either only
-// where nothing else is possible: with the tables empty, it would always be cheaper.
 func TestEveryStatementUsesAnIndexOnPostgreSQL(t *testing.T) {
 	db := must(OpenPostgres(newPostgres(t)))
 	defer db.Close()
-	conn := must(db.RawDB.Conn(t.Context()))
-	defer conn.Close()
-	run := func(statement string) {
-		t.Helper()
-		if _, err := conn.ExecContext(t.Context(), statement); err != nil {
-			t.Fatal(err)
-		}
-	}
-	run("SET plan_cache_mode=force_generic_plan; SET enable_seqscan=off; SET enable_bitmapscan=off; SET enable_sort=off; SET enable_hashjoin=off; SET enable_mergejoin=off")
-	everyQuery := maps.Clone(everyQuery)
-	everyQuery["lockGenerationQuery"] = lockGenerationQuery
-	for name, query := range everyQuery {
-		execute := name
-		if count := parameters(query); count > 0 {
-			execute += "(NULL" + strings.Repeat(", NULL", count-1) + ")"
-		}
-		run("PREPARE " + name + " AS " + query)
-		var explained []byte
-		if err := conn.QueryRowContext(t.Context(), "EXPLAIN (FORMAT JSON) EXECUTE "+execute).Scan(&explained); err != nil {
-			t.Errorf("%s: %v", name, err)
-			continue
-		}
-		var plans []struct{ Plan postgresPlan }
-		if err := json.Unmarshal(explained, &plans); err != nil || len(plans) != 1 {
-			t.Fatalf("%s: %v in %s", name, err, explained)
-		}
-		if fault := plans[0].Plan.fault(t, conn, query); fault != "" && !mayScan[name] {
-			t.Errorf("%s reads the whole table: %s\n%s", name, fault, explained)
-		}
-	}
-}
-
-// fault says what in a plan grows with the table. A partial index that is read from one end to the other is what was asked for.
-func (p *postgresPlan) fault(t *testing.T, conn *sql.Conn, query string) string {
-	switch {
-	case p.NodeType == "Seq Scan":
-		return "no index on " + p.Relation
-	case p.NodeType == "Sort" && strings.Contains(query, "LIMIT") && !strings.Contains(query, " IN ("):
-		return "the index does not have the order"
-	case p.Index != "" && p.Condition == "":
-		var partial bool
-		const query = "SELECT indpred IS NOT NULL FROM pg_index WHERE indexrelid=$1::regclass"
-		if err := conn.QueryRowContext(t.Context(), query, p.Index).Scan(&partial); err != nil {
-			t.Fatal(err)
-		} else if !partial {
-			return "all of " + p.Index
-		}
-	}
-	for _, inner := range p.Plans {
-		if fault := inner.fault(t, conn, query); fault != "" {
-			return fault
-		}
-	}
-	return ""
+	queries := maps.Clone(everyQuery)
+	queries["lockGenerationQuery"] = lockGenerationQuery
+	expectPlans(t, db, queries)
 }
 
 func TestEveryStatementIsKnownToTheTest(t *testing.T) {
-	for _, file := range must(filepath.Glob("*.go")) {
-		if strings.HasSuffix(file, "_test.go") {
-			continue
-		}
-		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		ast.Inspect(parsed, func(node ast.Node) bool {
-			spec, ok := node.(*ast.ValueSpec)
-			if !ok {
-				return true
-			}
-			for i, name := range spec.Names {
-				if strings.HasSuffix(name.Name, "Query") && i < len(spec.Values) && isText(spec.Values[i]) && everyQuery[name.Name]+everyOwnQuery[name.Name] == "" {
-					t.Errorf("%s in %s is not in everyQuery", name.Name, file)
-				}
-			}
-			return true
-		})
-	}
-}
-
-// isText says that an expression is a string, or strings added up.
-func isText(expression ast.Expr) bool {
-	switch e := expression.(type) {
-	case *ast.BasicLit:
-		return e.Kind == token.STRING
-	case *ast.BinaryExpr:
-		return isText(e.X) || isText(e.Y)
-	default:
-		return false
+	known := maps.Clone(everyQuery)
+	maps.Copy(known, everyOwnQuery)
+	for _, unknown := range must(queryplan.Unknown(".", known)) {
+		t.Errorf("not in everyQuery: %s", unknown)
 	}
 }
 
