@@ -265,20 +265,13 @@ func (d *derivation) usePublished(ctx context.Context, acceptable func() bool) (
 	return false, nil
 }
 
-// isWitnessed says that everybody who is named as a signer of the copy that the session is bound to has signed it: then all that it can
-// prove is noted, and it need not be kept. Another one may turn out to be forged.
-func (d *derivation) isWitnessed() bool {
-	named := namedSigners(d.boundKeys)
-	return len(named) == len(validSigners(d.bound, d.boundKeys, func(id.Ed25519) bool { return true }))
-}
-
-// deviceInfo ends the walk with the device known but not proven. The session keeps the copy of its keys that it was bound to first, if
-// it may say more than is noted.
+// deviceInfo ends the walk with the device known but not proven. The session keeps the copy of its keys that it was bound to only if that
+// names somebody who has not signed it, for it may turn out to be forged; all that another one can prove is noted.
 func (d *derivation) deviceInfo(askNow bool) (step, error) {
 	d.data.State = StateDeviceInfo
 	d.data.DeviceID = d.keys.DeviceID
 	d.data.DeviceKeys = nil
-	if !d.isWitnessed() {
+	if d.noteSigners(); len(d.data.signers) < len(namedSigners(d.boundKeys)) {
 		d.data.DeviceKeys = d.bound
 	}
 	return d.wait(askNow)
