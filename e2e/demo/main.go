@@ -56,6 +56,8 @@ type cast struct {
 	room   id.RoomID
 
 	alice, bob, thief *people.Person
+	// bobSaid is what Bob said first.
+	bobSaid id.EventID
 }
 
 func run(ctx context.Context, stage *stage, keep bool) (err error) {
@@ -178,7 +180,33 @@ func (c *cast) play(ctx context.Context, stage *stage) (err error) {
 	}
 
 	stage.scene("A message in Alice's name comes without any encryption. Any of the servers could have written it.")
-	return c.say(ctx, stage, c.alice, "alice?", c.alice.SendClear, "Yes, do what Bob says.")
+	if err = c.say(ctx, stage, c.alice, "alice?", c.alice.SendClear, "Yes, do what Bob says."); err != nil {
+		return err
+	}
+
+	stage.scene("Whoever has Bob's password gives the account a new identity. Nobody says anything; the bot tells the room, and corrects what it said.")
+	return c.reset(ctx, stage)
+}
+
+// reset gives Bob's account a new identity, and shows what the bot makes of it by itself.
+func (c *cast) reset(ctx context.Context, stage *stage) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, patience, errors.New("the bot did not notice"))
+	defer cancel()
+	if _, err := c.bob.ResetIdentity(ctx); err != nil {
+		return err
+	}
+	warning, err := c.alice.WaitForNotice(ctx, c.room)
+	if err != nil {
+		return err
+	}
+	stage.warning(botName, warning)
+	corrected, err := c.alice.WaitForAnswerThat(ctx, c.bobSaid, func(answer people.Answer) bool { return answer.Edits > 0 })
+	if err != nil {
+		return err
+	}
+	stage.scene("Its answer to Bob's message of before reads now:")
+	stage.answer(botName, corrected)
+	return nil
 }
 
 // say lets a person say something, waits for the bot's answer as the people in the room read it, and shows both.
@@ -196,6 +224,9 @@ func (c *cast) say(
 	answer, err := speaker.WaitForAnswer(ctx, eventID)
 	if err != nil {
 		return err
+	}
+	if speaker == c.bob {
+		c.bobSaid = eventID
 	}
 	stage.answer(botName, answer)
 	return nil

@@ -74,6 +74,9 @@ func (s *stage) answer(name string, answer *people.Answer) {
 	s.speech("", plain, faint, fmt.Sprintf("[code %s, shield %s]", answer.Annotation.Code, answer.Annotation.Shield))
 }
 
+// warning shows what the bot says by itself.
+func (s *stage) warning(name string, warning people.Notice) { s.speech(name, bold, red, warning.Body) }
+
 // speech prints a name, and beside it a text of several lines.
 func (s *stage) speech(name, nameColour, textColour, text string) {
 	label := name + strings.Repeat(" ", max(0, nameWidth-utf8.RuneCountInString(name)))
