@@ -124,10 +124,17 @@ func corrected(before, now cryptohook.Verdict, sender id.UserID) text {
 // warnOf words a warning of its own: what was said about somebody's messages before holds no longer.
 func warnOf(before, now cryptohook.Verdict, sender id.UserID) text {
 	words := explain(now, sender)
-	words.known = "This is about earlier messages of " + clip(sender.String()) + " here, too. I said “" + explain(before, sender).headline +
-		"” about them, and that no longer holds; I am correcting my answers. " + words.known
+	words.known = "I said “" + explain(before, sender).headline + "” about earlier messages of " + clip(sender.String()) +
+		" here. That no longer holds, and I am correcting my answers. " + ofSeveral.Replace(words.known)
+	words.headline, words.advice = ofSeveral.Replace(words.headline), ofSeveral.Replace(words.advice)
 	return words
 }
+
+// ofSeveral makes what is said of one message fit several.
+var ofSeveral = strings.NewReplacer(
+	"this message", "those messages", "send it again", "send them again", "sent this", "sent those", "Treat it", "Treat them", "Believe it", "Believe them",
+	"It was sent", "They were sent", "It came", "They came", "The message was", "The messages were",
+)
 
 // hearsay words that the key to a message did not come from its sender: by which way it did, how much that is worth, and what to do.
 func hearsay(v cryptohook.Verdict, name string) text {

@@ -130,3 +130,22 @@ func TestKeysAreShownInGroups(t *testing.T) {
 		t.Error(shown)
 	}
 }
+
+// A warning is about all the messages that somebody has sent, whatever it is that has become worse.
+func TestWarningsAreAboutSeveralMessages(t *testing.T) {
+	before := cryptohook.Verdict{Code: cryptohook.CodeVerified}
+	for name, code := range constantsOf(t, "Code") {
+		for _, source := range []cryptohook.Source{"", cryptohook.SourceBackup, cryptohook.SourceForwarded, cryptohook.SourceHistoryBundle, cryptohook.SourceImport} {
+			now := cryptohook.Verdict{Code: cryptohook.Code(code), Source: source}
+			words := warnOf(before, now, "@alice:example.org").plain()
+			switch {
+			case !worse(before.Code, now.Code), now.Code == cryptohook.CodeUnableToDecrypt, now.Code == cryptohook.CodeNotEncrypted, now.Code == cryptohook.CodeSentInClear:
+				// Nothing becomes that.
+			case !strings.Contains(words, "I said “Verified: this is really @alice:example.org.” about earlier messages of @alice:example.org here."):
+				t.Errorf("%s does not say what has changed: %s", name, words)
+			case strings.Contains(words, "this message"), strings.Contains(words, "send it again"), strings.Contains(words, "sent this."), strings.Contains(words, "It was sent"):
+				t.Errorf("%s is about one message: %s", name, words)
+			}
+		}
+	}
+}
