@@ -428,8 +428,8 @@ func (h *history) actions() map[string]func(*rapid.T) {
 		"time passes": act(func() {
 			h.clock.advance(time.Duration(rapid.IntRange(1, 7200).Draw(h.t, "seconds")) * time.Second)
 		}),
-		"room key":         act(func() { h.deliver(h.drawKey()) }),
-		"another room key": act(func() { h.deliver(h.drawKey()) }),
+		"room key":      act(func() { h.deliver(h.drawKey()) }),
+		"two room keys": act(func() { h.deliver(h.drawKey(), h.drawKey()) }),
 		"room key while somebody asks": act(func() {
 			key := h.drawKey()
 			h.meanwhile = func() { h.deliver(key) }
@@ -519,8 +519,17 @@ func (h *history) drawKey() roomKey {
 	return roomKey{h.session(), modelDevice{u, d}, embedded}
 }
 
-// deliver has the key come to us, by a /sync.
-func (h *history) deliver(key roomKey) {
+// deliver has keys come to us, by one /sync.
+func (h *history) deliver(keys ...roomKey) {
+	for _, key := range keys {
+		h.receive(key)
+	}
+	h.check(h.hook.commit(h.ctx))
+	h.hook.unlockKept(true)
+	h.hook.tellCommitted()
+}
+
+func (h *history) receive(key roomKey) {
 	p := h.cast.users[key.from.user]
 	device, session := p.devices[key.from.device], h.cast.sessions[key.session]
 	olmEvent := &crypto.DecryptedOlmEvent{
@@ -533,9 +542,6 @@ func (h *history) deliver(key roomKey) {
 	}
 	h.model.direct(key.session, key.from, key.embedded)
 	h.check(h.hook.receiveRoomKey(withReceiving(h.ctx), olmEvent))
-	h.check(h.hook.commit(h.ctx))
-	h.hook.unlockKept(true)
-	h.hook.tellCommitted()
 }
 
 // imported has a session come in another way than from the device that made it.

@@ -96,6 +96,12 @@ func (h *Hook) learn(ctx context.Context, fn func(ctx context.Context) error) er
 	return h.store.write(ctx, fn)
 }
 
+// learntInPassing has everything derived anew that was derived before, and is stored after this.
+func (h *Hook) learntInPassing() {
+	h.learning.Add(1)
+	h.learnt.Add(1)
+}
+
 // knowledge is what a derivation rested on that is stored only later: with something learnt in between, it has to be made again, for
 // what was learnt was applied to the sessions that were stored by then.
 type knowledge struct {

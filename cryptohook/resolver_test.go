@@ -589,6 +589,47 @@ func (w *trustWorld) countRows(where string) (n int) {
 	return n
 }
 
+// One /sync brings two sessions of a device, and only one of the messages proves it: the order makes no difference.
+func TestProofInTheSameSyncCounts(t *testing.T) {
+	for _, proofFirst := range []bool{true, false} {
+		w := newTrustWorld(t)
+		alice := newActor("@alice:test").addDevice("ALICE")
+		alice.unpublished = true
+		w.know(alice.owner)
+		proven, bare := newMegolm(trustRoom), newMegolm(trustRoom)
+		events := []object{w.share(alice, proven), w.share(alice, bare, embedding(alice.selfSignedKeys()))}
+		if !proofFirst {
+			// The Olm messages of one session come in any order.
+			events[0], events[1] = events[1], events[0]
+		}
+		w.sync(syncPart{toDevice: events})
+		w.wantState(proven, alice, StateSenderUnverified)
+		w.wantState(bare, alice, StateSenderUnverified)
+	}
+}
+
+// Somebody claims another's session, and what is known of the claimant changes before that is stored: it stays the claimant's claim.
+func TestClaimThatIsDerivedAnewStaysItsOwn(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := w.server.add(newActor("@alice:test")).addDevice("ALICE")
+	mallory := newActor("@mallory:test").addDevice("MALLORY")
+	mallory.unpublished = true
+	w.know(alice.owner, mallory.owner)
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s)}})
+	// Mallory's own session brings news of Mallory's device: its signature was never seen.
+	w.sync(syncPart{toDevice: []object{w.share(mallory, newMegolm(trustRoom)), w.share(mallory, s)}})
+	if claims := w.claims(s); len(claims) != 2 {
+		t.Errorf("%d claims: %s", len(claims), rawJSON(claims))
+	}
+	if row := w.row(s, alice); row.Sender != "@alice:test" || row.State != StateSenderUnverified {
+		t.Errorf("the owner's claim has become %s", rawJSON(row))
+	}
+	if row := w.row(s, mallory); row.Sender != "@mallory:test" || row.State != StateSenderUnverified {
+		t.Errorf("the other claim is %s", rawJSON(row))
+	}
+}
+
 // Between a derivation and its commit something may be learnt: what that changed does not know the session yet.
 func TestWhatIsLearntBeforeTheCommitCounts(t *testing.T) {
 	w, alice, _ := twoPeople(t)

@@ -123,11 +123,14 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 		log.Warn().Err(errUnconnected).Stringer("other_room_id", current.roomID).Msg("Skipping a room key")
 		return nil
 	}
+	kept := session
 	if !ours {
 		log.Error().Stringer("other_sender_key", current.senderKey).Msg("Two devices claim the same session: keeping the first one's, and both claims")
 		h.uow.stage(func(ctx context.Context) error { return h.store.claimForHolder(ctx, session.ID(), current) })
 		// The key is signed with the session's own: it is genuine, whoever made it. What it opens earlier is not to be lost.
-		session.RoomID, session.SenderKey, session.SigningKey = current.roomID, current.senderKey, current.signingKey
+		merged := *session
+		merged.RoomID, merged.SenderKey, merged.SigningKey = current.roomID, current.senderKey, current.signingKey
+		kept = &merged
 	}
 	if sender.State != StateRejected {
 		if ours && h.mach.DeletePreviousKeysOnReceive && !content.IsScheduled {
@@ -135,7 +138,7 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 				return err
 			}
 		}
-		if err = h.storeDirect(ctx, session, current); err != nil {
+		if err = h.storeDirect(ctx, kept, current); err != nil {
 			return err
 		}
 	}
@@ -304,6 +307,7 @@ func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
 	if !news {
 		return nil
 	}
+	h.learntInPassing()
 	// What proves the device proves its other sessions.
 	if err = h.rejudgeProven(ctx, arrived.Sender); err != nil {
 		return err
