@@ -383,14 +383,7 @@ func (h *history) actions() map[string]func(*rapid.T) {
 			u, _ := h.user()
 			h.server[u].vouched[h.server[u].identity.master] = true
 		}),
-		"verify": act(func() {
-			u, p := h.user()
-			m := h.key().master
-			err := h.hook.Verify(h.ctx, p.userID, p.masters[m].PublicKey())
-			if want := h.model.verify(u, m, h.pinOf(u) != ""); (err == nil) != want {
-				h.t.Fatalf("verify: error %v, expected success: %v", err, want)
-			}
-		}),
+		"verify": act(h.verify),
 		"withdraw": act(func() {
 			u, p := h.user()
 			err := h.hook.WithdrawVerification(h.ctx, p.userID)
@@ -436,6 +429,16 @@ func (h *history) actions() map[string]func(*rapid.T) {
 			_, _ = h.hook.mach.FetchKeys(h.ctx, []id.UserID{h.cast.users[key.from.user].userID}, true)
 			h.meanwhile = nil
 		}),
+		"somebody asks before a room key is stored": act(func() {
+			key := h.drawKey()
+			h.deliverAfter(func() {
+				_, _ = h.hook.mach.FetchKeys(h.ctx, []id.UserID{h.cast.users[key.from.user].userID}, true)
+			}, key)
+		}),
+		"somebody is verified before a room key is stored": act(func() {
+			key := h.drawKey()
+			h.deliverAfter(h.verify, key)
+		}),
 		"room key while the resolver works": act(func() {
 			key := h.drawKey()
 			h.meanwhile = func() { h.deliver(key) }
@@ -467,6 +470,15 @@ func (h *history) pinned() map[int]int {
 		}
 	}
 	return pins
+}
+
+func (h *history) verify() {
+	u, p := h.user()
+	m := h.key().master
+	err := h.hook.Verify(h.ctx, p.userID, p.masters[m].PublicKey())
+	if want := h.model.verify(u, m, h.pinOf(u) != ""); (err == nil) != want {
+		h.t.Fatalf("verify: error %v, expected success: %v", err, want)
+	}
 }
 
 func (h *history) pass() {
@@ -521,8 +533,17 @@ func (h *history) drawKey() roomKey {
 
 // deliver has keys come to us, by one /sync.
 func (h *history) deliver(keys ...roomKey) {
+	h.deliverAfter(func() {}, keys...)
+}
+
+// deliverAfter has keys come by one /sync, and something happen before it is stored. A key counts from when it is stored.
+func (h *history) deliverAfter(happen func(), keys ...roomKey) {
 	for _, key := range keys {
 		h.receive(key)
+	}
+	happen()
+	for _, key := range keys {
+		h.model.direct(key.session, key.from, key.embedded)
 	}
 	h.check(h.hook.commit(h.ctx))
 	h.hook.unlockKept(true)
@@ -540,7 +561,6 @@ func (h *history) receive(key roomKey) {
 		olmEvent.SenderDeviceKeys = new(mautrix.DeviceKeys)
 		h.check(json.Unmarshal(rawJSON(p.deviceKeys(key.from.device, *key.embedded)), olmEvent.SenderDeviceKeys))
 	}
-	h.model.direct(key.session, key.from, key.embedded)
 	h.check(h.hook.receiveRoomKey(withReceiving(h.ctx), olmEvent))
 }
 
