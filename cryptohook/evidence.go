@@ -71,28 +71,6 @@ func (s *store) putIdentity(ctx context.Context, identity *Identity, now time.Ti
 	return nil
 }
 
-// rejudge brings the proven sessions of a user in line with the user's identity of today, all in one pass: a statement each for
-// what today's self-signing key has signed, for what an earlier identity proved, and for what nothing proves any more. The
-// sessions that are not proven yet are walked through the steps again by the resolver.
-func (s *store) rejudge(ctx context.Context, identity *Identity, anchor trustAnchor, now time.Time) error {
-	today, earlier, at := anchor.stateOf(identity.MasterKey, identity), anchor.stateOf("", identity), now.UnixMilli()
-	adopts := anchor.adopts(identity)
-	for _, pass := range []struct {
-		query  string
-		params []any
-	}{
-		{rejudgeSignedQuery, []any{today, at, adopts}},
-		{rejudgeEarlierQuery, []any{earlier, at, adopts}},
-		{rejudgeRotatedQuery, []any{now.Add(firstBackoff).UnixMilli(), at}},
-	} {
-		params := append([]any{identity.UserID, identity.MasterKey, identity.SelfSigningKey}, pass.params...)
-		if _, err := s.Exec(ctx, pass.query, params...); err != nil {
-			return fmt.Errorf("failed to judge the sessions of %s anew: %w", identity.UserID, err)
-		}
-	}
-	return nil
-}
-
 const (
 	// Whose standing may have changed while the process was not there: by the configuration's pins, or by new keys of our own.
 	getVerifiedQuery = `

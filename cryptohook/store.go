@@ -83,28 +83,6 @@ const (
 	deleteClaimQuery = `
 		DELETE FROM sendertrust_claim WHERE session_id=$1 AND sender_id=` + senderOfClaim + `
 	`
-	// What a signature of today's self-signing key ($3) proves, if $6 also of what another identity proved before.
-	rejudgeSignedQuery = `
-		UPDATE sendertrust_claim SET state=$4, master_key=$2, updated_at_ms=$5
-		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
-		  AND (state<>$4 OR master_key<>$2) AND (master_key=$2 OR $6) AND ` + signedToday + `
-	`
-	// What an identity proved that is not today's.
-	rejudgeEarlierQuery = `
-		UPDATE sendertrust_claim SET state=$4, updated_at_ms=$5
-		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
-		  AND master_key<>$2 AND state<>$4 AND NOT ($6 AND ` + signedToday + `)
-	`
-	// What today's identity proved by a self-signing key that it has replaced since, and does not prove by the new one.
-	rejudgeRotatedQuery = `
-		UPDATE sendertrust_claim SET state='device_info', master_key='', retry_count=1, next_retry_time_ms=$4, updated_at_ms=$5
-		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
-		  AND master_key=$2 AND NOT ` + signedToday + `
-	`
-	signedToday = `EXISTS (
-		SELECT 1 FROM sendertrust_signature signed
-		WHERE signed.sender_id=sendertrust_claim.sender_id AND signed.self_signing_key=$3
-	)`
 )
 
 func scanSession(row dbutil.Scannable) (*SenderData, error) {
