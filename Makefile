@@ -31,6 +31,17 @@ test-unit: ## the tests that need no homeserver
 	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
 	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./bot ./cryptohook
 
+# What the tests of trust are worth: the code is broken in every small way, one at a time, and they have to notice.
+MUTATED  := steps.go,senderdata.go,identity.go,verification.go,verdict.go
+MUTATION := EveryEdge|EveryStory|EveryMeeting|EveryCode|Backoff|Jitter|Derivation|Published|ProvenRow|TrustOrder|Merge|Imported|DirectSender|Rejection|EverySource|LivingClaims|Identity|Judge|Forged|Forger|State|Doubled|DeviceKeys|Weak|Signed|Unsigned|Unreadable|Verif|Withdraw|Pin|Change|Conflict|Requirement|Verdict|Shields|Codes
+TOO_SLOW := HistoryIsJudged|ForgeriesProve|Owner|EverybodyAtOnce|StormOf|WithoutTheGate|Killed|TakesOver|FailedCommit|FirstStarts|FailedRead|CannotBeFetched|StandBy|PostgreSQL|Example
+
+.PHONY: mutation
+mutation: ## break the code of trust in every small way, one at a time, and see the tests notice; FILES="steps.go" chooses (half an hour)
+	@./e2e/setup.sh go >/dev/null
+	$(GO) run ./internal/mutation -package ./cryptohook -files $(or $(FILES),$(MUTATED)) -known internal/mutation/known.txt -rows \
+		-timeout 1m -run '$(MUTATION)' -then . -skip '$(TOO_SLOW)'
+
 .PHONY: fmt
 fmt:
 	gofmt -w .

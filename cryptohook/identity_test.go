@@ -3,6 +3,7 @@ package cryptohook
 import (
 	"encoding/json"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -273,6 +274,9 @@ func TestForgedDeviceKeysAreRefused(t *testing.T) {
 		"curve25519 key with a line's end": {func(w *identityWorld, keys object) {
 			keys["keys"].(object)["curve25519:DEVICE"] = strings.Repeat("A", 42) + "\nA"
 		}, errNotAKey},
+		"curve25519 key that is short of what a line's end takes": {func(w *identityWorld, keys object) {
+			keys["keys"].(object)["curve25519:DEVICE"] = strings.Repeat("A", 41) + "\nA"
+		}, errNotAKey},
 		"signed by the self-signing key only": {func(w *identityWorld, keys object) {
 			delete(keys["signatures"].(object)[w.alice.userID.String()].(object), "ed25519:DEVICE")
 		}, errSignatureInvalid},
@@ -289,6 +293,16 @@ func TestForgedDeviceKeysAreRefused(t *testing.T) {
 				t.Errorf("error %v, want %v", err, tc.want)
 			}
 		})
+	}
+}
+
+func TestDeviceIDsAreBounded(t *testing.T) {
+	w := newIdentityWorld()
+	for length, want := range map[int]error{maxDeviceID: nil, maxDeviceID + 1: errLongDeviceID} {
+		device := w.alice.addDevice(id.DeviceID(strings.Repeat("D", length)))
+		if _, err := parseDeviceKeys(rawJSON(device.keys()), w.alice.userID, device.deviceID); !errors.Is(err, want) {
+			t.Errorf("a device ID of %d bytes: error %v, want %v", length, err, want)
+		}
 	}
 }
 
@@ -446,6 +460,49 @@ func TestOnlyPinnedKeysAreSigned(t *testing.T) {
 	}
 	if (trustAnchor{userID: "@bot:test", pins: anchor.pins}).needsSignature(&Identity{UserID: "@alice:test", MasterKey: "M1"}) {
 		t.Error("signs without a user-signing key")
+	}
+}
+
+// What is noted as a device's signers stays evidence for ever.
+func TestOnlyValidSignaturesAreNoted(t *testing.T) {
+	w := newIdentityWorld()
+	device := w.alice.addDevice("DEVICE")
+	all, none := func(id.Ed25519) bool { return true }, func(id.Ed25519) bool { return false }
+	for name, tc := range map[string]struct {
+		genuine int
+		other   func(keys object)
+		asked   func(id.Ed25519) bool
+		want    int
+	}{
+		"somebody":                 {genuine: 1, want: 1, asked: all},
+		"somebody who is noted":    {genuine: 1, want: 0, asked: none},
+		"as many as are looked at": {genuine: maxSigners, want: maxSigners, asked: all},
+		"more than are looked at":  {genuine: maxSigners + 1, want: maxSigners, asked: all},
+		"a forged signature": {want: 0, asked: all, other: func(keys object) {
+			putSignature(keys, w.alice.userID, w.alice.selfSigningKey().String(), forgedSignature())
+		}},
+		"in the name of no key": {want: 0, asked: all, other: func(keys object) {
+			signInto(keys, w.alice.userID, "OTHER", w.alice.selfSigning)
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			keys := device.selfSignedKeys()
+			var genuine []id.Ed25519
+			for range tc.genuine {
+				signer := must(olm.NewPKSigning())
+				signInto(keys, w.alice.userID, signer.PublicKey().String(), signer)
+				genuine = append(genuine, signer.PublicKey())
+			}
+			if tc.other != nil {
+				tc.other(keys)
+			}
+			slices.Sort(genuine)
+			raw := rawJSON(keys)
+			parsed := must(parseDeviceKeys(raw, w.alice.userID, "DEVICE"))
+			if got := validSigners(raw, parsed, tc.asked); !slices.Equal(got, genuine[:tc.want]) {
+				t.Errorf("noted %v, want %v", got, genuine[:tc.want])
+			}
+		})
 	}
 }
 

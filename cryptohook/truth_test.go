@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"maps"
 	"os"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -32,6 +33,8 @@ type truthWorld struct {
 	noSelfSigning                   bool
 	// restarted since a state was looked at: whoever has told something reviews it all then.
 	restarted bool
+	// told are the verdicts that were given.
+	told []Verdict
 }
 
 func newTruthWorld(t *testing.T) *truthWorld {
@@ -60,6 +63,14 @@ var happenings = map[string]func(w *truthWorld){
 	"share": func(w *truthWorld) { w.sync(syncPart{toDevice: []object{w.share(w.alice, w.session)}}) },
 	"share_bare": func(w *truthWorld) {
 		w.sync(syncPart{toDevice: []object{w.share(w.alice, w.session, withoutDeviceKeys)}})
+	},
+	"share_crowded": func(w *truthWorld) {
+		keys := w.alice.keys()
+		for i := range maxSigners {
+			// '+' comes before everything else in a key.
+			putSignature(keys, "@alice:test", strings.Repeat("+", 42)+string(rune('A'+i)), forgedSignature())
+		}
+		w.sync(syncPart{toDevice: []object{w.share(w.alice, w.session, embedding(keys))}})
 	},
 	"share_another": func(w *truthWorld) { w.sync(syncPart{toDevice: []object{w.share(w.alice, newMegolm(trustRoom))}}) },
 	"signed":        func(w *truthWorld) { w.alice.crossSigned = true },
@@ -195,5 +206,19 @@ func (w *truthWorld) expect(when string, before State, want string) State {
 	if seen.verdict.Code != Code(code) {
 		w.t.Errorf("%s: code %s, want %s", when, seen.verdict.Code, code)
 	}
+	w.review(when, seen.verdict)
 	return row.State
+}
+
+// review sees that messages of before are worth what one of now is.
+func (w *truthWorld) review(when string, now Verdict) {
+	w.t.Helper()
+	for _, told := range w.told {
+		want := now
+		want.EventID, want.Outdated = told.EventID, told.Outdated && now.Outdated
+		if got := must(w.hook.Review(w.ctx, told, "@alice:test")); !reflect.DeepEqual(got, want) {
+			w.t.Errorf("%s: a message of before is worth %+v, want %+v", when, got, want)
+		}
+	}
+	w.told = append(w.told, now)
 }

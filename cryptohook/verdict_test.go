@@ -274,3 +274,38 @@ func TestMautrixTrustStateNeverExceedsTheVerdict(t *testing.T) {
 		}
 	}
 }
+
+func TestVerdictInMautrixsTerms(t *testing.T) {
+	for code := range shields {
+		want := map[Code]id.TrustState{
+			CodeVerified: id.TrustStateCrossSignedVerified, CodeUnverifiedIdentity: id.TrustStateCrossSignedTOFU,
+			CodeIdentityChanged: id.TrustStateCrossSignedUntrusted, CodeVerificationViolation: id.TrustStateCrossSignedUntrusted,
+			CodeUnknownDevice: id.TrustStateUnknownDevice, CodeAuthenticityNotGuaranteed: id.TrustStateForwarded,
+		}[code] // unset for the others
+		evt := event.Event{Mautrix: event.MautrixInfo{TrustState: id.TrustStateVerified, TrustSource: &id.Device{Trust: id.TrustStateVerified}}}
+		attach(&evt, Verdict{Code: code})
+		if evt.Mautrix.TrustState != want || evt.Mautrix.TrustSource != nil {
+			t.Errorf("%s is %s from %v for mautrix, want %s", code, evt.Mautrix.TrustState, evt.Mautrix.TrustSource, want)
+		}
+	}
+}
+
+func TestOnlyMessagesWhoseKeyMayComeAreWaitedFor(t *testing.T) {
+	for reason, want := range map[string]bool{
+		ReasonUnknownSession: true, ReasonUnknownIndex: true, ReasonKeyDeleted: true, "m.unverified": true,
+		ReasonMalformed: false, ReasonWrongRoom: false, ReasonUnsupportedAlgorithm: false,
+	} {
+		if got := (Verdict{Code: CodeUnableToDecrypt, SessionID: "session", Reason: reason}).mayComeLate(); got != want {
+			t.Errorf("%s: %v", reason, got)
+		}
+	}
+	if (Verdict{Code: CodeUnableToDecrypt}).mayComeLate() || (Verdict{Code: CodeUnknownDevice, SessionID: "session"}).mayComeLate() {
+		t.Error("waits for a key that nobody can send, or that is here")
+	}
+}
+
+func TestSessionWithoutSenderDataIsLegacy(t *testing.T) {
+	if !verdictAnchor.verdict(verdictAlice, "session", nil, nil).Legacy || verdictAnchor.verdict(verdictAlice, "session", []*SenderData{ownedBy(StateSenderUnverified)}, nil).Legacy {
+		t.Error("legacy are sessions of whose senders nothing is stored")
+	}
+}
