@@ -225,6 +225,72 @@ func (s *lateServer) RoundTrip(req *http.Request) (*http.Response, error) {
 	return resp, err
 }
 
+// One of two users' sessions cannot be read: the other's is not kept locked for that, and nobody counts as being asked for.
+func TestGuardsAreReleasedWhenPlanningFails(t *testing.T) {
+	sqliteOnly(t) // PostgreSQL stores no text in a number's place
+	w, alice, mallory := twoPeople(t)
+	sessions := make(map[*actorDevice]*megolm)
+	alice.unpublished, mallory.unpublished = true, true
+	w.know(alice.owner, mallory.owner)
+	for _, device := range []*actorDevice{alice, mallory} {
+		sessions[device] = newMegolm(trustRoom)
+		w.sync(syncPart{toDevice: []object{w.share(device, sessions[device], withoutDeviceKeys)}})
+		w.hook.resolver.stop() // gives up the guards that came with them
+	}
+	spoil := func(count any) {
+		if _, err := w.db.Exec(w.ctx, "UPDATE sendertrust_claim SET retry_count=$1 WHERE session_id=$2", count, sessions[mallory].id()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	spoil("not a number")
+	for range 8 { // whoever comes first
+		if _, err := w.hook.resolver.plan(w.ctx); err == nil {
+			t.Fatal("no error from a row that cannot be read")
+		}
+	}
+	for device, session := range sessions {
+		guard := w.hook.sessions.TryLock(session.id())
+		if guard == nil {
+			t.Errorf("the session of %s stays locked", device.owner.userID)
+		}
+		guard.Unlock()
+	}
+	spoil(0)
+	for device := range sessions {
+		device.unpublished = false
+	}
+	w.resolve()
+	for device, session := range sessions {
+		w.wantState(session, device, StateSenderUnverified)
+	}
+}
+
+// Somebody else's question has proven the session before the resolver came to it.
+func TestGuardOfASessionThatIsProvenAlreadyIsReleased(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := w.server.add(newActor("@alice:test")).addDevice("ALICE")
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s, withoutDeviceKeys)}})
+	if guard := w.hook.sessions.TryLock(s.id()); guard != nil {
+		t.Fatal("the session is not locked until its sender was asked for")
+	}
+	if _, err := w.hook.mach.FetchKeys(w.ctx, []id.UserID{"@alice:test"}, true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.hook.resolver.judgeAnswered(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	w.wantState(s, alice, StateSenderUnverified)
+	queries := w.server.count("keys/query")
+	w.resolve()
+	if w.server.count("keys/query") != queries {
+		t.Error("the sender was asked for all the same")
+	}
+	if guard := w.hook.sessions.TryLock(s.id()); guard == nil {
+		t.Error("the session stays locked")
+	}
+}
+
 func TestGuardsAreReleasedWhenTheWorkFails(t *testing.T) {
 	w := newTrustWorld(t)
 	alice := newActor("@alice:test").addDevice("ALICE")
