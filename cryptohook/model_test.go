@@ -258,10 +258,15 @@ func keeps(stored, arrived *modelClaim) bool {
 		return arrived.master < 0
 	case arrived.state == StateRejected:
 		return stored.master >= 0
+	case stored.state == StateDeviceInfo && arrived.state == StateDeviceInfo && stored.isDoubtful():
+		return !arrived.isDoubtful()
 	default:
 		return worth(stored) > worth(arrived)
 	}
 }
+
+// isDoubtful says that the session's copy of its device's keys names somebody who has not signed it.
+func (c *modelClaim) isDoubtful() bool { return c.copy != nil && len(c.copy.forged) > 0 }
 
 // walk is the steps A–J on what is known now.
 func (r *reader) walk(from modelDevice, c *modelClaim) {

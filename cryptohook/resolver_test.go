@@ -674,6 +674,20 @@ func TestProofInTheSameSyncCounts(t *testing.T) {
 	}
 }
 
+// A forged copy of a device's keys is found out though another message of the session does not hold it.
+func TestForgedCopyIsNotGotRidOf(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	alice.crossSigned = false
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s, embedding(alice.forgedKeys()))}})
+	w.sync(syncPart{toDevice: []object{w.share(alice, s, embedding(alice.selfSignedKeys()))}})
+	w.wantState(s, alice, StateDeviceInfo)
+	w.know(alice.owner)
+	w.wantState(s, alice, StateRejected)
+	wantCode(t, w.judgeNow(w.say(alice, s, "hello")), CodeSessionRejected)
+}
+
 // Somebody claims another's session, and what is known of the claimant changes before that is stored: it stays the claimant's claim.
 func TestClaimThatIsDerivedAnewStaysItsOwn(t *testing.T) {
 	w := newTrustWorld(t)

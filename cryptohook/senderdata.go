@@ -142,8 +142,9 @@ func (sd *SenderData) deviceInfo() json.RawMessage {
 //
 // The more trusted one stays, except that only proof undoes a rejection. At equal trust the reference keeps the stored one, unless a
 // better ratchet comes with the other. Here the newer one is taken if it came directly: it holds the sender's device keys as they are
-// now. What the other copy of them proves is not lost by that: every signature is noted when it comes. What somebody else exported
-// never counts beside anything.
+// now. What the other copy of them proves is not lost by that: every signature is noted when it comes. A copy that names somebody who has
+// not signed it stays, though, until it is known whether it is forged: nobody gets rid of it by sending another. What somebody else
+// exported never counts beside anything.
 func mergeSenderData(stored, arrived *SenderData) *SenderData {
 	switch {
 	case stored == nil:
@@ -159,6 +160,8 @@ func mergeSenderData(stored, arrived *SenderData) *SenderData {
 		}
 		return arrived
 	case stored.State.rank() > arrived.State.rank():
+		return stored
+	case stored.State == arrived.State && stored.DeviceKeys != nil && arrived.DeviceKeys == nil:
 		return stored
 	default:
 		return arrived
