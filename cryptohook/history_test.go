@@ -25,8 +25,8 @@ import (
 // Random histories against a model that keeps the whole history and judges from first principles (model_test.go). What happens goes
 // through the real Hook on a real SQLite database: room keys from the decrypted Olm event on, key queries from their HTTP answers on.
 //
-// `make test` walks 100,000 steps in histories of 100; `go test` alone 3,000. What a failure shrinks to becomes a story of
-// testdata/truth.yaml.
+// `make test` walks 100,000 steps in histories of 100, `make histories` other ones; `go test` alone 3,000. What a failure shrinks to becomes
+// a test, or a story of testdata/truth.yaml.
 
 const (
 	historyUsers    = 2

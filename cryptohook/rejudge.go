@@ -68,6 +68,17 @@ func (h *Hook) judgeUser(ctx context.Context, userID id.UserID, tried map[claimK
 	return h.store.putClaims(ctx, judged)
 }
 
+// judgePending judges the user's sessions now if something was learnt that the resolver has yet to judge them by: what arrives is compared
+// with what is known, not with what was.
+func (h *Hook) judgePending(ctx context.Context, userID id.UserID) error {
+	if !h.resolver.isToJudge(userID) {
+		return nil
+	}
+	change, err := h.judgeStored(ctx, []id.UserID{userID}, nil)
+	h.tellAfterCommit(change)
+	return err
+}
+
 // rejudgeProven brings a user's proven sessions in line with what is known now.
 func (h *Hook) rejudgeProven(ctx context.Context, userID id.UserID) error {
 	identity, err := h.store.identity(ctx, userID)

@@ -109,6 +109,13 @@ func (r *resolver) pending(userID id.UserID) bool {
 	return outdated || answered
 }
 
+// isToJudge says that something about the user was learnt, and that the user's sessions are about to be judged by it.
+func (r *resolver) isToJudge(userID id.UserID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.answered[userID] > 0
+}
+
 // run works until the context ends.
 func (r *resolver) run(ctx context.Context) {
 	log := r.hook.log.With().Str("component", "resolver").Logger()

@@ -688,6 +688,24 @@ func TestForgedCopyIsNotGotRidOf(t *testing.T) {
 	wantCode(t, w.judgeNow(w.say(alice, s, "hello")), CodeSessionRejected)
 }
 
+// The device has been proven by what the server shows, and its session is not judged by that yet, when a forged copy of its keys comes.
+func TestForgedCopyCannotTakeAwayWhatIsAboutToBeProven(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s, withoutDeviceKeys)}})
+	w.server.add(alice.owner)
+	if _, err := w.hook.mach.FetchKeys(w.ctx, []id.UserID{"@alice:test"}, true); err != nil {
+		t.Fatal(err)
+	}
+	w.wantState(s, alice, StateUnknownDevice)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s, embedding(alice.forgedKeys()))}})
+	w.wantState(s, alice, StateSenderUnverified)
+	if w.storedKey(s, trustRoom) == nil {
+		t.Error("the key is gone")
+	}
+}
+
 // Somebody claims another's session, and what is known of the claimant changes before that is stored: it stays the claimant's claim.
 func TestClaimThatIsDerivedAnewStaysItsOwn(t *testing.T) {
 	w := newTrustWorld(t)

@@ -150,6 +150,9 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 			}
 		}
 		h.tellAfterCommit(Change{Sessions: []id.SessionID{session.ID()}})
+		if err = h.judgePending(ctx, sender.Sender); err != nil {
+			return err
+		}
 		return h.mergeClaim(ctx, sender)
 	})
 	log.Debug().Str("state", string(sender.State)).Stringer("device_id", sender.DeviceID).Msg("Received a room key")
