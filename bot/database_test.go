@@ -118,7 +118,7 @@ func TestCheckSaysWhatAServerHolds(t *testing.T) {
 
 	expectRefusal(t, Postgres, server.URI("missing"), `the server has no such database (database "missing" does not exist)`)
 	expectRefusal(t, Postgres, server.URIAs("somebody", "postgres"), "the server refuses the user or the password", "somebody")
-	err = server.Exec(t.Context(), "postgres", "CREATE ROLE guest LOGIN")
+	err = server.Exec(t.Context(), "postgres", "DROP ROLE IF EXISTS guest; CREATE ROLE guest LOGIN")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -36,6 +36,7 @@ const (
 	ownerLock = 0x73656e6465727472
 
 	tryLockQuery       = `SELECT pg_try_advisory_lock($1)`
+	unlockQuery        = `SELECT pg_advisory_unlock($1)`
 	setLeaseQuery      = `SELECT set_config('idle_session_timeout', $1, false)`
 	ownerTableQuery    = `SELECT to_regclass('sendertrust_owner') IS NOT NULL`
 	getHolderNameQuery = `SELECT holder FROM sendertrust_owner WHERE id=1`
@@ -227,10 +228,11 @@ func (o *Ownership) keep(ctx context.Context, pool *postgresPool, lock *pgx.Conn
 		if err == nil {
 			continue
 		}
-		closeNow(lock)
 		if ctx.Err() != nil {
+			unlock(lock)
 			return
 		}
+		closeNow(lock)
 		zerolog.Ctx(ctx).Warn().Err(err).Msg("The connection that owns the database was lost")
 		if lock, err = o.regain(ctx, pool); err != nil {
 			if ctx.Err() == nil {
@@ -251,7 +253,8 @@ func beat(ctx context.Context, lock *pgx.Conn) error {
 	} else if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	asking, cancel := context.WithTimeout(ctx, beatTimeout)
+	// An answer that is cut off would end the connection, and not release the lock at once.
+	asking, cancel := context.WithTimeout(context.WithoutCancel(ctx), beatTimeout)
 	defer cancel()
 	return lock.Ping(asking)
 }
@@ -285,6 +288,14 @@ func (o *Ownership) regain(ctx context.Context, pool *postgresPool) (*pgx.Conn, 
 		case <-time.After(regainInterval):
 		}
 	}
+}
+
+// unlock gives the lock up: the end of its connection does so only when the server notices.
+func unlock(lock *pgx.Conn) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	_, _ = lock.Exec(ctx, unlockQuery, ownerLock)
+	closeNow(lock)
 }
 
 // closeNow ends a connection, without waiting long for the server to agree.

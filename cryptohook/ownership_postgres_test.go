@@ -506,3 +506,18 @@ func TestStandByWaitsForAServerThatIsAway(t *testing.T) {
 	way.copying.Go(func() { way.accept(listener) })
 	takesOver(t, owned, 5*time.Second)
 }
+
+// Whoever looks right after a release sees it: the server need not notice first that a connection has ended.
+func TestReleaseIsSeenAtOnce(t *testing.T) {
+	uri := newPostgres(t)
+	db, other := openPostgres(t, uri), openPostgres(t, uri)
+	for range 20 {
+		owner := must(Own(t.Context(), db))
+		if err := owner.Release(); err != nil {
+			t.Fatal(err)
+		}
+		if found := must(Inspect(t.Context(), other)); found.Owner != "" {
+			t.Fatalf("released, and still owned by %s", found.Owner)
+		}
+	}
+}

@@ -50,7 +50,7 @@ var mayScan = map[string]bool{"getDeviceOwnersQuery": true, "markAllOutdatedQuer
 
 // everyOwnQuery are the statements that only one of the databases knows. None but the first reads a table of ours.
 var everyOwnQuery = map[string]string{
-	"lockGenerationQuery": lockGenerationQuery, "tryLockQuery": tryLockQuery, "setLeaseQuery": setLeaseQuery,
+	"lockGenerationQuery": lockGenerationQuery, "tryLockQuery": tryLockQuery, "unlockQuery": unlockQuery, "setLeaseQuery": setLeaseQuery,
 	"ownerTableQuery": ownerTableQuery, "endConnectionsQuery": endConnectionsQuery, "getFileQuery": getFileQuery, "getSQLiteVersionQuery": getSQLiteVersionQuery,
 	"getPostgresVersionQuery": getPostgresVersionQuery, "isLockedQuery": isLockedQuery,
 }
