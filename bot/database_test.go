@@ -5,8 +5,10 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix/id"
 
 	"sendertrust/cryptohook"
 )
@@ -149,4 +151,34 @@ func TestSecondProcessOnAFileCannotStart(t *testing.T) {
 		t.Errorf("error %v", err)
 	}
 	stop()
+}
+
+// What the bot notes of its answers is refused to a process that has lost the database, as everything else is.
+func TestFormerOwnerNotesNoAnswers(t *testing.T) {
+	uri, err := postgresServer(t).NewDatabase(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := botWithDatabase(t, Postgres, uri)
+	workWith(t, b)
+	notes := newRecords(b.db, b.owner, nil)
+	if err = notes.Upgrade(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	note := func(eventID id.EventID) error {
+		_, err := notes.add(t.Context(), &record{eventID: eventID, toldAt: time.UnixMilli(1)})
+		return err
+	}
+	if err = note("$first"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err = b.db.Exec(t.Context(), "UPDATE sendertrust_owner SET generation=generation+1"); err != nil {
+		t.Fatal(err)
+	}
+	if err = note("$second"); !errors.Is(err, cryptohook.ErrNotOwner) {
+		t.Errorf("error %v, want %v", err, cryptohook.ErrNotOwner)
+	}
+	if noted, err := notes.get(t.Context(), "$second"); noted != nil || err != nil {
+		t.Errorf("noted %+v (%v)", noted, err)
+	}
 }

@@ -23,10 +23,12 @@ var upgradeTable = dbutil.BuildUpgradeTable().WithFSPath(upgradeFiles, "upgrades
 // records is what the bot has told rooms in the last day.
 type records struct {
 	*dbutil.Database
+	// owner is the process's ownership of the database; nil in tests.
+	owner *cryptohook.Ownership
 }
 
-func newRecords(db *dbutil.Database, log dbutil.DatabaseLogger) *records {
-	return &records{db.Child("sendertrust_bot_version", upgradeTable, log)}
+func newRecords(db *dbutil.Database, owner *cryptohook.Ownership, log dbutil.DatabaseLogger) *records {
+	return &records{db.Child("sendertrust_bot_version", upgradeTable, log), owner}
 }
 
 // record is what was told about one message.
@@ -118,15 +120,19 @@ func (s *records) add(ctx context.Context, r *record) (*record, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, err = s.Exec(ctx, insertRecordQuery, r.eventID, r.roomID, r.sender, r.threadID, r.verdict.SessionID, r.verdict.UserID, string(verdict), r.toldAt.UnixMilli())
+	err = s.exec(ctx, insertRecordQuery, r.eventID, r.roomID, r.sender, r.threadID, r.verdict.SessionID, r.verdict.UserID, string(verdict), r.toldAt.UnixMilli())
 	if err != nil {
-		return nil, fmt.Errorf("failed to record an answer: %w", err)
+		return nil, err
 	}
 	return s.get(ctx, r.eventID)
 }
 
 func (s *records) exec(ctx context.Context, query string, args ...any) error {
-	if _, err := s.Exec(ctx, query, args...); err != nil {
+	err := s.owner.Write(ctx, s.Database, func(ctx context.Context) error {
+		_, err := s.Exec(ctx, query, args...)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("failed to record an answer: %w", err)
 	}
 	return nil

@@ -25,7 +25,7 @@ func upgraded(t *testing.T, db *dbutil.Database, err error) *dbutil.Database {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = db.Close() })
-	if err = newRecords(db, dbutil.NoopLogger).Upgrade(t.Context()); err != nil {
+	if err = newRecords(db, nil, dbutil.NoopLogger).Upgrade(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	return db

@@ -61,7 +61,7 @@ type reviser struct {
 
 func (b *Bot) newReviser() *reviser {
 	return &reviser{
-		records: newRecords(b.db, cryptohook.DatabaseLog(b.log)),
+		records: newRecords(b.db, b.owner, cryptohook.DatabaseLog(b.log)),
 		log:     b.log.With().Str("component", "reviser").Logger(), clock: b.clock,
 		review: func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error) {
 			return b.hook.Review(ctx, told, sender)

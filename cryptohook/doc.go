@@ -49,5 +49,5 @@
 //
 // One process works with a database; [Install] sees to that. Where another may stand by, on PostgreSQL, call [Own] before you log in, give
 // what it returns to Install, and begin anew there when Run ends with [ErrNotOwner]. Other tables in the same database are safe only if
-// you write them through the same [dbutil.Database].
+// you write them by [Ownership.Write].
 package cryptohook

@@ -74,6 +74,17 @@ const (
 	lockGenerationQuery = getGenerationQuery + ` FOR UPDATE`
 )
 
+// Write runs fn in a transaction of its own, for who has other tables in the database. A process that does not own the database any more
+// gets [ErrNotOwner].
+func (o *Ownership) Write(ctx context.Context, db *dbutil.Database, fn func(ctx context.Context) error) error {
+	return db.DoTxn(ctx, nil, func(ctx context.Context) error {
+		if err := o.fence(ctx, db); err != nil {
+			return err
+		}
+		return fn(ctx)
+	})
+}
+
 // fence begins every transaction that writes. On PostgreSQL it makes the writers come one after the other, and fails with
 // [ErrNotOwner] if the database has got another owner: that one's first act waits for us, or we see it. SQLite does the first by
 // itself, and a lock on its file is not lost.

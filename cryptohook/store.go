@@ -36,12 +36,7 @@ func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
 // write runs fn in a transaction of its own. Writers come one after the other, on PostgreSQL too: what one reads is what the one
 // before it has committed. A process that does not own the database any more gets [ErrNotOwner].
 func (s *store) write(ctx context.Context, fn func(ctx context.Context) error) error {
-	return s.DoTxn(ctx, nil, func(ctx context.Context) error {
-		if err := s.owner.fence(ctx, s.Database); err != nil {
-			return err
-		}
-		return fn(ctx)
-	})
+	return s.owner.Write(ctx, s.Database, fn)
 }
 
 func ignoreNoRows(err error) error {
