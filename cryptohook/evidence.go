@@ -217,7 +217,6 @@ func (s *store) deviceByKey(ctx context.Context, userID id.UserID, senderKey id.
 
 type cachedDevice struct {
 	deviceID   id.DeviceID
-	senderKey  id.SenderKey
 	signingKey id.Ed25519
 	keys       string
 }

@@ -161,6 +161,11 @@ func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
 			return err
 		}
 	}
+	return s.upsertClaims(ctx, claims)
+}
+
+// upsertClaims stores claims of devices that are noted.
+func (s *store) upsertClaims(ctx context.Context, claims []*SenderData) error {
 	for chunk := range slices.Chunk(claims, claimsPerStatement) {
 		query, params := insertClaims.Build([0]any{}, chunk)
 		if _, err := s.Exec(ctx, query, params...); err != nil {
@@ -170,7 +175,8 @@ func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
 	return nil
 }
 
-// mergeClaim stores what a key that has just arrived says, unless more is known already. It returns what is stored now.
+// mergeClaim stores what a key that has just arrived says, unless more is known already. It returns what is stored now. Who has signed the
+// device is noted by the caller: see noteSigners.
 func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderData, error) {
 	stored, err := s.claim(ctx, arrived.SessionID, arrived.SenderKey)
 	if err != nil {
@@ -187,7 +193,10 @@ func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderDat
 		}
 		merged.ReceivedAt = stored.ReceivedAt
 	}
-	return merged, s.putClaim(ctx, merged)
+	if _, err = s.putSignature(ctx, signature{userID: merged.Sender, senderKey: merged.SenderKey, signingKey: merged.SigningKey}); err != nil {
+		return nil, err
+	}
+	return merged, s.upsertClaims(ctx, []*SenderData{merged})
 }
 
 // claimForHolder gives the holder of a session a claim if it has none: it was stored before there were claims.
