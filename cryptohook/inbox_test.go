@@ -222,6 +222,33 @@ func TestVerdictWaitsFiveSecondsForItsOwnSenderOnly(t *testing.T) {
 	}
 }
 
+// The inbox may look at a message as soon as it is durable, which is before anybody asks for its sender's new list.
+func TestVerdictWaitsForAListThatNobodyHasAskedForYet(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	alice.owner.verifiedBy = w.bot
+	w.know(alice.owner)
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s)}})
+	alice.owner.reset()
+	looked := false
+	w.hook.options.OnChange = func(Change) {
+		looked = true
+		w.handle()
+	}
+	// Another key, for there to be a change to tell at the moment in question.
+	w.sync(syncPart{
+		changed: []id.UserID{"@alice:test"}, toDevice: []object{w.share(alice, newMegolm(trustRoom))}, timeline: []object{w.say(alice, s, "still me?")},
+	})
+	w.hook.options.OnChange = nil
+	if !looked || w.saw("$event1") {
+		t.Fatalf("looked at: %v; answered before the new list came: %v", looked, w.saw("$event1"))
+	}
+	w.resolve()
+	w.handle()
+	wantCode(t, w.sawOne("$event1"), CodeVerificationViolation)
+}
+
 // The identity comes after the message: the verdict waits, and is right.
 func TestIdentityAfterTheMessage(t *testing.T) {
 	w := newTrustWorld(t)

@@ -167,16 +167,20 @@ func (h *Hook) identityWait(e *inboxEvent, claims []*SenderData) time.Duration {
 	return min(longestIdentityWait-now.Sub(complete), h.options.KeyWait+longestIdentityWait-now.Sub(e.receivedAt))
 }
 
-// awaitsKeys says that the sender's keys are being asked for, or were and nobody answered, so that the verdict may change at once.
+// awaitsKeys says that the sender's keys are being asked for, are to be, or were and nobody answered, so that the verdict may change
+// at once. That a list is out of date is looked up and not only remembered: the inbox may see a message as soon as it is durable, and
+// then what is durable with it counts.
 func (h *Hook) awaitsKeys(ctx context.Context, claims []*SenderData) (bool, error) {
 	for _, claim := range claims {
 		if claim.awaitsFirstLook() || h.resolver.pending(claim.Sender) {
 			return true, nil
 		}
-		if claim.Sender == "" || claim.State.proven() {
+		if claim.Sender == "" {
 			continue
 		}
-		if current, err := h.store.deviceListCurrent(ctx, claim.Sender); err != nil || !current {
+		tracked, outdated, err := h.store.deviceList(ctx, claim.Sender)
+		// What is proven stands without a list; what is not may be for want of one.
+		if err != nil || outdated || !tracked && !claim.State.proven() {
 			return true, err
 		}
 	}

@@ -293,10 +293,15 @@ type account struct {
 
 // deviceListCurrent says whether mautrix tracks the user's devices and nothing was announced to have changed since.
 func (s *store) deviceListCurrent(ctx context.Context, userID id.UserID) (bool, error) {
-	var outdated bool
-	err := s.QueryRow(ctx, isTrackedQuery, userID).Scan(&outdated)
+	tracked, outdated, err := s.deviceList(ctx, userID)
+	return tracked && !outdated, err
+}
+
+// deviceList says whether mautrix tracks the user's devices, and whether it was announced that they have changed since they were seen.
+func (s *store) deviceList(ctx context.Context, userID id.UserID) (tracked, outdated bool, err error) {
+	err = s.QueryRow(ctx, isTrackedQuery, userID).Scan(&outdated)
 	if errors.Is(err, sql.ErrNoRows) {
-		return false, nil
+		return false, false, nil
 	}
-	return !outdated, err
+	return err == nil, outdated, err
 }
