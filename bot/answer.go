@@ -14,6 +14,7 @@ import (
 	"maunium.net/go/mautrix/id"
 
 	"sendertrust/cryptohook"
+	"sendertrust/internal/faultpoint"
 )
 
 // annotationKey is where an answer carries its verdict for other programs.
@@ -220,8 +221,10 @@ const (
 // send tries until the homeserver has the event, refuses it for good, or the context ends.
 func (b *Bot) send(ctx context.Context, roomID id.RoomID, content *event.Content, txnID string) (eventID id.EventID, sent bool) {
 	for wait := firstSendRetry; ; wait = min(2*wait, maxSendRetry) {
+		faultpoint.Reach("answering")
 		resp, err := b.client.SendMessageEvent(ctx, roomID, event.EventMessage, content, mautrix.ReqSendEvent{TransactionID: txnID})
 		if err == nil {
+			faultpoint.Reach("answered")
 			return resp.EventID, true
 		}
 		if ctx.Err() != nil {

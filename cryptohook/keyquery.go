@@ -10,6 +10,8 @@ import (
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/internal/faultpoint"
 )
 
 // keyQuery is a /keys/query answer with the objects as they were signed.
@@ -97,6 +99,7 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) er
 	if err != nil {
 		return fmt.Errorf("failed to store the keys that users publish: %w", err)
 	}
+	faultpoint.Reach("learnt")
 	h.resolver.judgeAgain(answered)
 	h.bundles.signal()
 	h.changed(Change{Users: answered})

@@ -14,6 +14,8 @@ import (
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/internal/faultpoint"
 )
 
 // How room keys are intercepted: HandleEncryptedEvent copies the type class of the outer event onto the decrypted one before it
@@ -97,6 +99,7 @@ func (h *Hook) handleEncrypted(ctx context.Context, evt *event.Event) (decrypted
 // receiveRoomKey stores the Megolm session of an m.room_key together with who sent it. It does what mautrix's receiveRoomKey
 // does, and derives the sender by the steps A–J on the way.
 func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent) error {
+	faultpoint.Reach("decrypted")
 	log := zerolog.Ctx(ctx)
 	session, content, err := h.parseRoomKey(ctx, olmEvent)
 	if err != nil {

@@ -12,6 +12,8 @@ import (
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/internal/faultpoint"
 )
 
 // syncer takes over the client's /sync processing. Handlers are registered on it as on mautrix's own syncer.
@@ -48,6 +50,7 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 	if err = s.takeRoomEvents(ctx, resp, since); err != nil {
 		return err
 	}
+	faultpoint.Reach("received")
 	// What is left goes to the handlers at once: state, invites, account data, and to-device events that are not ours.
 	if err = s.DefaultSyncer.ProcessResponse(ctx, resp, since); err != nil {
 		// A handler panicked. Delivering the same again would end the same way, for ever.
@@ -58,12 +61,15 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 	if err = h.commit(ctx); err != nil {
 		return err
 	}
+	faultpoint.Reach("synced")
 	h.unlockKept(true)
 	h.tellCommitted()
-	if tracked, err := h.uow.FilterTrackedUsers(ctx, changed); err != nil {
-		zerolog.Ctx(ctx).Err(err).Msg("Failed to look up which changed device lists matter")
-	} else {
-		h.resolver.ask(tracked...)
+	if len(changed) > 0 { // mautrix does not ask PostgreSQL about nobody in a way that it understands
+		if tracked, err := h.uow.FilterTrackedUsers(ctx, changed); err != nil {
+			zerolog.Ctx(ctx).Err(err).Msg("Failed to look up which changed device lists matter")
+		} else {
+			h.resolver.ask(tracked...)
+		}
 	}
 	h.inbox.signal()
 	h.search.committed()

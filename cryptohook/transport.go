@@ -14,6 +14,8 @@ import (
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/event"
+
+	"sendertrust/internal/faultpoint"
 )
 
 // transport stands between the client and the network. It is the barrier of the unit of work, it reads every /keys/query
@@ -39,6 +41,8 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		if err := t.hook.uow.flush(req.Context()); err != nil {
 			return nil, fmt.Errorf("refusing to send an Olm message whose ratchet could not be stored: %w", err)
 		}
+		faultpoint.Reach("sending keys")
+		defer faultpoint.Reach("sent keys")
 	}
 	keyQuery := strings.HasSuffix(path, "/keys/query")
 	var number uint64

@@ -10,6 +10,8 @@ import (
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/internal/faultpoint"
 )
 
 // unitOfWork is mautrix's crypto store with its writes held back: what one /sync brings (Olm ratchets, message hashes, the
@@ -199,6 +201,7 @@ func (u *unitOfWork) flush(ctx context.Context) error {
 }
 
 func (u *unitOfWork) at(point string) error {
+	faultpoint.Reach(point)
 	if u.fault == nil {
 		return nil
 	}

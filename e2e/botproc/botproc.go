@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -24,6 +25,8 @@ const (
 	ReadyMessage = "Bot is ready"
 	// StandByMessage is what it logs when another process has its database.
 	StandByMessage = "standing by until it is gone"
+	// mostLogMegabytes is more than any test lets a bot log: nothing of it is to be thrown away.
+	mostLogMegabytes = 100_000
 )
 
 // Config is the bot's configuration as its YAML file has it.
@@ -40,6 +43,10 @@ type Options struct {
 	Dir string
 	// Configure changes the configuration before it is written. Nil: no change.
 	Configure func(Config)
+	// LogFile, if set, takes the whole log, and what [Bot.Log] gives is only what is worth mentioning: for bots that run long.
+	LogFile string
+	// Env are more variables of the process's environment, as "NAME=value".
+	Env []string
 }
 
 // Bot is a bot's process, which may be stopped and started again on the same database.
@@ -62,8 +69,13 @@ type process struct {
 
 // Build compiles the bot from the module's root into a directory, and gives the path of the binary.
 func Build(ctx context.Context, projectRoot, dir string) (string, error) {
-	binary := filepath.Join(dir, "sendertrust")
-	cmd := exec.CommandContext(ctx, "go", "build", "-tags", "goolm", "-o", binary, ".")
+	return BuildWith(ctx, projectRoot, filepath.Join(dir, "sendertrust"))
+}
+
+// BuildWith compiles the bot to a path of the caller's, with more arguments for go build. The last -tags of them counts, and has to
+// have goolm in it.
+func BuildWith(ctx context.Context, projectRoot, binary string, arguments ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, "go", slices.Concat([]string{"build", "-tags", "goolm", "-o", binary}, arguments, []string{"."})...)
 	cmd.Dir = projectRoot
 	if output, err := cmd.CombinedOutput(); err != nil {
 		return "", fmt.Errorf("failed to build the bot: %w\n%s", err, output)
@@ -108,6 +120,12 @@ func newBot(options Options) (*Bot, error) {
 		"encryption": Config{"pickle_key": "generate"},
 		"invites":    Config{"allow": []string{"@*:localhost"}},
 		"logging":    Config{"min_level": "trace", "writers": []Config{{"type": "stdout", "format": "json"}}},
+	}
+	if options.LogFile != "" {
+		config["logging"] = Config{"min_level": "trace", "writers": []Config{
+			{"type": "stdout", "format": "json", "min_level": "info"},
+			{"type": "file", "format": "json", "filename": options.LogFile, "max_size": mostLogMegabytes},
+		}}
 	}
 	if options.Configure != nil {
 		options.Configure(config)
@@ -161,6 +179,19 @@ func (b *Bot) Restart(ctx context.Context) error { return b.restart(ctx, ReadyMe
 func (b *Bot) RestartStandBy(ctx context.Context) error { return b.restart(ctx, StandByMessage) }
 
 func (b *Bot) restart(ctx context.Context, until string) error {
+	if err := b.Launch(); err != nil {
+		return err
+	}
+	err := b.process.waitForLine(ctx, until)
+	if err == nil {
+		return nil
+	}
+	b.Kill()
+	return fmt.Errorf("the bot did not get so far: %w\n%s", err, b.Tail(20))
+}
+
+// Launch starts the bot after a stop, and does not wait until it has got anywhere. The variables are added to those of the options.
+func (b *Bot) Launch(env ...string) error {
 	if b.process != nil {
 		if !b.process.ended() {
 			return errors.New("the bot is still running")
@@ -170,6 +201,7 @@ func (b *Bot) restart(ctx context.Context, until string) error {
 	run := &process{log: newLogLines(), exited: make(chan struct{})}
 	run.cmd = exec.Command(b.options.Binary, "-c", b.ConfigPath())
 	run.cmd.Dir = b.options.Dir
+	run.cmd.Env = slices.Concat(os.Environ(), b.options.Env, env)
 	run.cmd.Stdout, run.cmd.Stderr = run.log, run.log
 	// A group of its own, so that Ctrl-C in a terminal reaches only us; and it ends when we do.
 	run.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
@@ -181,12 +213,18 @@ func (b *Bot) restart(ctx context.Context, until string) error {
 		run.err = run.cmd.Wait()
 		close(run.exited)
 	}()
-	err := run.waitForLine(ctx, until)
-	if err == nil {
-		return nil
+	return nil
+}
+
+// Exited is closed when the process that runs now has ended.
+func (b *Bot) Exited() <-chan struct{} { return b.process.exited }
+
+// ExitCode is the code that the process has ended with; -1 while it runs, or if a signal has ended it.
+func (b *Bot) ExitCode() int {
+	if !b.process.ended() {
+		return -1
 	}
-	b.Kill()
-	return fmt.Errorf("the bot did not get so far: %w\n%s", err, b.Tail(20))
+	return b.process.cmd.ProcessState.ExitCode()
 }
 
 // WaitForLog waits until the process that runs now has written a line that contains all the words.
@@ -260,18 +298,23 @@ func (b *Bot) PID() int { return b.process.cmd.Process.Pid }
 func (b *Bot) Running() bool { return b.process != nil && !b.process.ended() }
 
 // RSS is the resident memory of the process, in bytes.
-func (b *Bot) RSS() (int64, error) {
+func (b *Bot) RSS() (int64, error) { return b.memory("VmRSS:") }
+
+// PeakRSS is the most resident memory that the process has had so far, in bytes.
+func (b *Bot) PeakRSS() (int64, error) { return b.memory("VmHWM:") }
+
+func (b *Bot) memory(field string) (int64, error) {
 	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", b.process.cmd.Process.Pid))
 	if err != nil {
 		return 0, fmt.Errorf("failed to read the bot's memory: %w", err)
 	}
 	for line := range strings.Lines(string(status)) {
-		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == "VmRSS:" {
+		if fields := strings.Fields(line); len(fields) == 3 && fields[0] == field {
 			kib, err := strconv.ParseInt(fields[1], 10, 64)
 			return kib * 1024, err
 		}
 	}
-	return 0, errors.New("the bot has no resident memory: it has ended")
+	return 0, errors.New("the bot has no memory: it has ended")
 }
 
 // Log gives all lines that the bot wrote, those of earlier runs included.
