@@ -30,8 +30,9 @@ const (
 	longestLife = 1200 * time.Millisecond
 	// pointPatience is how long a bot may take to come to a fault point. Then it is killed where it is.
 	pointPatience = 8 * time.Second
-	// mostPasses is how often it comes there at most before it dies.
-	mostPasses = 3
+	// mostPasses is how often it comes there at most before it dies. There are more room keys than anything else.
+	mostPasses   = 3
+	mostRoomKeys = 30
 	// unanswered is how many messages a person sends before the answers to the first of them have to be there.
 	unanswered = 20
 )
@@ -71,7 +72,11 @@ func (v *victim) die(ctx context.Context, ways []death) {
 		var env []string
 		life := time.Duration(rand.Int64N(int64(longestLife)))
 		if way.point != "" {
-			env, life = []string{fmt.Sprintf("FAULTPOINT=%s:%d", way.point, 1+rand.IntN(mostPasses))}, pointPatience
+			passes := mostPasses
+			if way.point == "decrypted" {
+				passes = mostRoomKeys
+			}
+			env, life = []string{fmt.Sprintf("FAULTPOINT=%s:%d", way.point, 1+rand.IntN(passes))}, pointPatience
 		}
 		if v.err = v.Launch(env...); v.err != nil {
 			return
@@ -121,10 +126,12 @@ type crowd struct {
 	shared             id.RoomID
 	rooms              map[*people.Person]id.RoomID
 	fresh              atomic.Int64
+	// patience is how long an answer may take before it counts as lost.
+	patience time.Duration
 }
 
 func newCrowd(t *testing.T, w *world, withElement bool) *crowd {
-	c := &crowd{t: t, w: w, rooms: make(map[*people.Person]id.RoomID)}
+	c := &crowd{t: t, w: w, patience: patience, rooms: make(map[*people.Person]id.RoomID)}
 	c.verified, c.unsigned = w.newPerson(t, "verified"), w.newPerson(t, "unsigned")
 	c.strangers = []*people.Person{w.newStranger(t, "alice"), w.newStranger(t, "bob")}
 	if withElement {
@@ -261,7 +268,7 @@ func (c *crowd) talk(ctx context.Context, messages int, othersDone <-chan struct
 
 // awaitAnswers waits until the bots have answered a message. What stays unanswered for long is lost, and holds nobody up.
 func (c *crowd) awaitAnswers(ctx context.Context, m message) {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, c.patience)
 	defer cancel()
 	for _, bot := range c.bots {
 		_, _ = m.reader.WaitForAnswerThat(ctx, m.eventID, func(answer people.Answer) bool { return answer.Sender == bot })
@@ -296,8 +303,8 @@ func (c *crowd) play(messages, randomly, atEachPoint int, points []string, victi
 	var lines []result
 	for _, v := range victims {
 		r := result{part: "kills", what: v.name, tries: v.randomly}
-		c.ledger.await(within(t, patience), v.UserID)
-		c.ledger.settle(t, v.UserID)
+		c.ledger.await(within(t, c.patience), v.UserID)
+		c.ledger.settle(within(t, c.patience), t, v.UserID, c.codeOf)
 		for _, count := range v.atPoints {
 			r.tries += count
 		}

@@ -6,6 +6,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"sendertrust/e2e/botproc"
 )
@@ -13,8 +14,9 @@ import (
 // protection is one of those that keep kills from hurting, and how to build the bot without it.
 type protection struct {
 	file, with, without string
-	// points are where the bot has to die for the lack to show.
+	// points are where the bot has to die for the lack to show, and deaths how often at each.
 	points []string
+	deaths int
 }
 
 // protections are taken away by changing the source while it is compiled; what is in the checkout stays as it is.
@@ -22,24 +24,24 @@ var protections = map[string]protection{
 	// Whatever is flushed while a room key is half received takes that half along.
 	"gate": {
 		file: "cryptohook/unitofwork.go", with: "if !u.withoutGate {", without: "if false {",
-		points: []string{"decrypted"},
+		points: []string{"decrypted"}, deaths: 20,
 	},
 	// Olm messages leave before the ratchets that they were encrypted with are durable.
 	"barrier": {
 		file: "cryptohook/transport.go", with: `if strings.Contains(path, "/sendToDevice/") {`, without: `if strings.Contains(path, "/no such path/") {`,
-		points: []string{"answering", "answered", "handled"},
+		points: []string{"answering", "answered", "handled"}, deaths: 8,
 	},
 	// The sync token is durable before what came with it is, as mautrix has it.
 	"token": {
 		file:    "cryptohook/sync.go",
 		with:    "func (tokenStore) SaveNextBatch(context.Context, id.UserID, string) error  { return nil }",
 		without: "func (t tokenStore) SaveNextBatch(ctx context.Context, _ id.UserID, token string) error { return t.hook.uow.SQLCryptoStore.PutNextBatch(ctx, token) }",
-		points:  []string{"received", "begun", "written"},
+		points:  []string{"received", "begun", "written"}, deaths: 4,
 	},
 	// What the process before has received, and not handled, is forgotten.
 	"inbox": {
 		file: "cryptohook/inbox.go", with: "	var loaded int64\n", without: "	loaded := in.lastSeq.Load()\n",
-		points: []string{"synced", "judged", "answering"},
+		points: []string{"synced", "judged", "answering"}, deaths: 4,
 	},
 }
 
@@ -74,9 +76,14 @@ func TestKillsNoticeWhenAProtectionIsMissing(t *testing.T) {
 			t.Parallel()
 			binary := w.buildWithout(t, name)
 			c := newCrowd(t, w, false)
-			v := &victim{Bot: w.newBot(t, botOptions{binary: binary, configure: c.pin()}), name: "without the " + name}
+			c.patience = 15 * time.Second
+			pin := c.pin()
+			v := &victim{name: "without the " + name, Bot: w.newBot(t, botOptions{binary: binary, configure: func(config botproc.Config) {
+				pin(config)
+				config["encryption"].(botproc.Config)["wait"] = "3s"
+			}})}
 			c.meet(v.UserID)
-			for _, r := range c.play(60, 0, 8, p.points, v) {
+			for _, r := range c.play(100, 0, p.deaths, p.points, v) {
 				t.Logf("without the %s: %d messages: %d held, %d lost, %d doubled, %d wrong", name, r.messages, r.held, r.lost, r.doubled, r.wrong)
 				if r.lost+r.doubled+r.wrong == 0 {
 					t.Errorf("nothing was noticed of the missing %s", name)

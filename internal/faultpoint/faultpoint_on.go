@@ -16,7 +16,7 @@ const Variable = "FAULTPOINT"
 
 // linger is how long whatever else is under way in the process still has when the point is reached. What comes of it in that time is
 // part of what a crash may leave behind.
-const linger = 20 * time.Millisecond
+const linger = 50 * time.Millisecond
 
 var (
 	armed, left = arm(os.Getenv(Variable))
