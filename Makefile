@@ -49,6 +49,11 @@ mutation: ## break the code of trust in every small way, one at a time, and see 
 	$(GO) run ./internal/mutation -package ./cryptohook -files $(or $(FILES),$(MUTATED)) -known internal/mutation/known.txt -rows \
 		-timeout 1m -run '$(MUTATION)' -then . -skip '$(TOO_SLOW)'
 
+.PHONY: soak
+soak: ## everything goes wrong at once for 20 minutes, and nothing may be lost or doubled; docs/reliability.md has the table
+	@./e2e/setup.sh go synapse element postgres >/dev/null
+	$(GO) test -tags $(TAGS) -count 1 -timeout 45m -v ./e2e/soak -full
+
 .PHONY: fmt
 fmt:
 	gofmt -w .

@@ -222,6 +222,21 @@ func TestVerdictWaitsFiveSecondsForItsOwnSenderOnly(t *testing.T) {
 	}
 }
 
+// On each kind of database: what mautrix does with an empty list differs.
+func TestOrdinarySyncHasNothingToComplainOf(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	s := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, s)}, timeline: []object{w.say(alice, s, "hello")}})
+	w.sync(syncPart{})
+	w.handle()
+	wantCode(t, w.sawOne("$event1"), CodeUnverifiedIdentity)
+	for line := range strings.Lines(w.log.String()) {
+		if strings.Contains(line, `"level":"error"`) || strings.Contains(line, `"level":"warn"`) {
+			t.Error(line)
+		}
+	}
+}
+
 // The inbox may look at a message as soon as it is durable, which is before anybody asks for its sender's new list.
 func TestVerdictWaitsForAListThatNobodyHasAskedForYet(t *testing.T) {
 	w := newTrustWorld(t)
