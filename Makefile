@@ -54,6 +54,25 @@ soak: ## everything goes wrong at once for 20 minutes, and nothing may be lost o
 	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) test -tags $(TAGS) -count 1 -timeout 45m -v ./e2e/soak -full
 
+# Their versions are in internal/tools/go.mod, so that they are not among the program's own dependencies.
+TOOL := $(GO) tool -modfile=internal/tools/go.mod
+
+.PHONY: licences
+licences: ## list the licences of what is in the program, in docs/licences.md
+	@mkdir -p .cache
+	@GOFLAGS=-tags=$(TAGS) $(TOOL) go-licenses report --template internal/tools/licences.tpl . >.cache/licences.md 2>.cache/licences.log || \
+		{ cat .cache/licences.log; exit 1; }
+	@mv .cache/licences.md docs/licences.md
+
+.PHONY: vulncheck
+vulncheck: ## look for known faults in what the program calls; needs Go's vulnerability database, from the network
+	@mkdir -p .cache
+	@timeout 300 $(TOOL) govulncheck -tags $(TAGS) ./... >.cache/vulncheck.log 2>&1; code=$$?; \
+	if [ $$code = 124 ] || grep -q 'fetching vulnerabilities' .cache/vulncheck.log; then \
+		echo "Nothing was checked: the vulnerability database cannot be reached from this machine."; exit 1; \
+	fi; \
+	cat .cache/vulncheck.log; exit $$code
+
 .PHONY: fmt
 fmt:
 	gofmt -w .
