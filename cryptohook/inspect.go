@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/crypto/goolm/libolmpickle"
 )
 
 // DatabaseState is what [Inspect] finds.
@@ -57,6 +58,70 @@ func Inspect(ctx context.Context, db *dbutil.Database) (found DatabaseState, err
 	}
 	found.Owner, err = owner(ctx, db)
 	return found, err
+}
+
+// mostDamage is how much of what is damaged is told of each kind.
+const mostDamage = 10
+
+// pickles are where the keys of a database are: a statement for each kind gives what it belongs to, and the encrypted key.
+var pickles = []struct{ table, what, query string }{
+	{"crypto_account", "the keys of account", `SELECT account_id, account FROM crypto_account`},
+	{"crypto_secrets", "the secret", `SELECT name, secret FROM crypto_secrets`},
+	{"crypto_olm_session", "Olm session", `SELECT session_id, session FROM crypto_olm_session`},
+	{"crypto_megolm_outbound_session", "the key of the own session", `SELECT session_id, session FROM crypto_megolm_outbound_session`},
+	{"crypto_megolm_inbound_session", "the key of session", `SELECT session_id, session FROM crypto_megolm_inbound_session WHERE session IS NOT NULL`},
+}
+
+// Verify reads all of a database, and gives what is damaged in it: pages, indices, and keys that the pickle key does not decrypt. It fails
+// with [ErrPickleKey] when that decrypts none. It changes nothing, and takes some minutes for millions of keys.
+func Verify(ctx context.Context, db *dbutil.Database, pickleKey []byte) (damage []string, err error) {
+	if db.Dialect == dbutil.SQLite {
+		damage, err = checkPages(ctx, db, fmt.Sprintf("PRAGMA integrity_check(%d)", mostDamage))
+		// What is told of damaged pages need not be all that is damaged, and to read on may end in another error than that.
+		if err != nil || len(damage) > 0 {
+			return damage, err
+		}
+	}
+	var read, unreadable int
+	for _, kind := range pickles {
+		if exists, err := db.TableExists(ctx, kind.table); err != nil {
+			return nil, fmt.Errorf("failed to look for tables: %w", err)
+		} else if !exists {
+			continue
+		}
+		rows, err := db.Query(ctx, kind.query)
+		told := 0
+		err = dbutil.NewRowIterWithError(rows, scanPickle, err).Iter(func(key pickledKey) (bool, error) {
+			if _, err := libolmpickle.Unpickle(pickleKey, key.pickle); err == nil {
+				read++
+				return true, nil
+			}
+			unreadable++
+			if told++; told <= mostDamage {
+				damage = append(damage, fmt.Sprintf("%s %s cannot be decrypted", kind.what, key.name))
+			}
+			return true, nil
+		})
+		if err != nil {
+			return nil, fmt.Errorf("failed to read keys: %w", err)
+		}
+		if told > mostDamage {
+			damage = append(damage, fmt.Sprintf("and %d more of these", told-mostDamage))
+		}
+	}
+	if unreadable > 0 && read == 0 {
+		return nil, ErrPickleKey
+	}
+	return damage, nil
+}
+
+type pickledKey struct {
+	name   string
+	pickle []byte
+}
+
+func scanPickle(row dbutil.Scannable) (key pickledKey, err error) {
+	return key, row.Scan(&key.name, &key.pickle)
 }
 
 // fileOwner says who has the lock of an SQLite database.

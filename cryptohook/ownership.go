@@ -19,6 +19,9 @@ type Ownership struct {
 	generation int64
 	release    func() error
 	releasing  sync.Once
+	// filled, if set, notes that the database has got its tables; after the first write.
+	filled  func()
+	filling sync.Once
 	// losing ends, with its cause, when the database is lost.
 	losing context.Context
 	end    context.CancelCauseFunc
@@ -48,7 +51,8 @@ func Own(ctx context.Context, db *dbutil.Database) (*Ownership, error) {
 	}
 }
 
-// Lost is closed when the process no longer owns the database; [Ownership.Err] says why then. The hook stops by itself.
+// Lost is closed when the process no longer owns the database, or must not go on with it since it is damaged; [Ownership.Err] says why
+// then. The hook stops by itself.
 func (o *Ownership) Lost() <-chan struct{} { return o.losing.Done() }
 
 // Err is nil as long as the process owns the database.
@@ -69,6 +73,13 @@ func (o *Ownership) lose(why error) error {
 	return o.Err()
 }
 
+// abandon ends the ownership of a damaged database. Unlike one that was lost it is not to be got again.
+func (o *Ownership) abandon(damage *DamagedError) {
+	if o != nil {
+		o.end(damage)
+	}
+}
+
 const (
 	getGenerationQuery  = `SELECT generation FROM sendertrust_owner WHERE id=1`
 	lockGenerationQuery = getGenerationQuery + ` FOR UPDATE`
@@ -77,12 +88,16 @@ const (
 // Write runs fn in a transaction of its own, for who has other tables in the database. A process that does not own the database any more
 // gets [ErrNotOwner].
 func (o *Ownership) Write(ctx context.Context, db *dbutil.Database, fn func(ctx context.Context) error) error {
-	return db.DoTxn(ctx, nil, func(ctx context.Context) error {
+	err := db.DoTxn(ctx, nil, func(ctx context.Context) error {
 		if err := o.fence(ctx, db); err != nil {
 			return err
 		}
 		return fn(ctx)
 	})
+	if err == nil && o != nil && o.filled != nil {
+		o.filling.Do(o.filled)
+	}
+	return err
 }
 
 // fence begins every transaction that writes. On PostgreSQL it makes the writers come one after the other, and fails with

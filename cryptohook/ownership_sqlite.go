@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 
+	"github.com/rs/zerolog"
 	"go.mau.fi/util/dbutil"
 )
 
@@ -35,6 +36,19 @@ func (e *DatabaseInUseError) Unwrap() error { return ErrNotOwner }
 // gives up all locks that its process has on it, SQLite's too.
 const lockSuffix = ".lock"
 
+// logSuffix makes the name of the file into which SQLite writes first.
+const logSuffix = "-wal"
+
+// journalSuffix makes the name of the file that undoes what SQLite has begun to write without the log, as it does in a new database.
+const journalSuffix = "-journal"
+
+const (
+	// filledMark is written into the lock's file when the database has got its tables, below the process's number: then an empty file
+	// is no new database.
+	filledMark  = "filled"
+	longestLock = 64
+)
+
 // ownFile locks the database's file for this process. The system frees the lock when the process ends, however that comes about,
 // and the file of the lock stays: deleting it would let two processes have a lock each.
 func ownFile(ctx context.Context, db *dbutil.Database) (*Ownership, error) {
@@ -54,10 +68,21 @@ func ownFile(ctx context.Context, db *dbutil.Database) (*Ownership, error) {
 	if errors.Is(err, syscall.EWOULDBLOCK) {
 		return nil, errors.Join(&DatabaseInUseError{File: file, PID: readPID(lock)}, lock.Close())
 	} else if err == nil {
-		err = writePID(lock)
+		err = writePID(lock, wasFilled(file))
 	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("failed to lock %s: %w", lock.Name(), err), lock.Close())
+	}
+	if err = checkStart(ctx, db); err != nil {
+		return nil, errors.Join(err, lock.Close())
+	}
+	if pool, ok := db.RawDB.Driver().(*sqlitePool); ok {
+		pool.owner.Store(owned)
+	}
+	owned.filled = func() {
+		if _, err := lock.WriteAt([]byte(lockText(true)), 0); err != nil {
+			zerolog.Ctx(ctx).Warn().Err(err).Msg("Failed to note that the database has got its tables")
+		}
 	}
 	return owned, nil
 }
@@ -70,22 +95,33 @@ func databaseFile(ctx context.Context, db *dbutil.Database) (file string, err er
 	return file, err
 }
 
+// readPID gives the process in the lock's first line; zero when there is none.
 func readPID(lock io.Reader) int {
-	written, err := io.ReadAll(io.LimitReader(lock, 20))
+	written, err := io.ReadAll(io.LimitReader(lock, longestLock))
 	if err != nil {
 		return 0
 	}
-	pid, err := strconv.Atoi(strings.TrimSpace(string(written)))
+	line, _, _ := strings.Cut(string(written), "\n")
+	pid, err := strconv.Atoi(strings.TrimSpace(line))
 	if err != nil {
 		return 0
 	}
 	return pid
 }
 
-func writePID(lock *os.File) error {
+// writePID notes who has the lock, and leaves the note that the database has got its tables.
+func writePID(lock *os.File, filled bool) error {
 	if err := lock.Truncate(0); err != nil {
 		return err
 	}
-	_, err := lock.WriteAt([]byte(strconv.Itoa(os.Getpid())+"\n"), 0)
+	_, err := lock.WriteAt([]byte(lockText(filled)), 0)
 	return err
+}
+
+func lockText(filled bool) string {
+	text := strconv.Itoa(os.Getpid()) + "\n"
+	if filled {
+		text += filledMark + "\n"
+	}
+	return text
 }

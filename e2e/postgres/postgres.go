@@ -83,11 +83,16 @@ func (s *Server) start(ctx context.Context, programs string) (err error) {
 	if s.process, err = child.Start(cmd, nil); err != nil {
 		return err
 	}
+	return s.awaitAnswer(ctx, "")
+}
+
+// awaitAnswer waits until a server answers that was not started at that time, as it tells it.
+func (s *Server) awaitAnswer(ctx context.Context, earlier string) error {
 	ticker := time.NewTicker(pollInterval)
 	defer ticker.Stop()
 	for {
-		if conn, err := pgx.Connect(ctx, s.URI("postgres")); err == nil {
-			return conn.Close(ctx)
+		if started, err := s.startTime(ctx); err == nil && started != earlier {
+			return nil
 		}
 		select {
 		case <-ctx.Done():
@@ -97,6 +102,40 @@ func (s *Server) start(ctx context.Context, programs string) (err error) {
 		case <-ticker.C:
 		}
 	}
+}
+
+func (s *Server) startTime(ctx context.Context) (started string, err error) {
+	conn, err := pgx.Connect(ctx, s.URI("postgres"))
+	if err != nil {
+		return "", err
+	}
+	err = conn.QueryRow(ctx, "SELECT pg_postmaster_start_time()::text").Scan(&started)
+	return started, errors.Join(err, conn.Close(ctx))
+}
+
+// How a server ends that is restarted.
+const (
+	// Fast lets it write down everything first, as a service is stopped.
+	Fast = "INT"
+	// Immediate leaves everything as it is, as a crash does. A commit survives it if synchronous_commit is on, which is not the default here.
+	Immediate = "QUIT"
+)
+
+// Restart ends the server, and all connections with it, and returns when it answers again.
+func (s *Server) Restart(ctx context.Context, how string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, startPatience, fmt.Errorf("it did not come up again within %s", startPatience))
+	defer cancel()
+	started, err := s.startTime(ctx)
+	if err == nil {
+		_, err = fmt.Fprintln(s.process.Stdin, how)
+	}
+	if err == nil {
+		err = s.awaitAnswer(ctx, started)
+	}
+	if err != nil {
+		return fmt.Errorf("failed to restart PostgreSQL: %w\n%s", err, s.process.Tail())
+	}
+	return nil
 }
 
 // unprivileged gives somebody who is not root and whom every Debian has.
