@@ -73,7 +73,9 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if err != nil {
 		return report(err, stderr)
 	}
-	log, err := newLogger(config.Logging)
+	mask := bot.NewMask(config)
+	stderr = mask.Writer(stderr)
+	log, err := newLogger(config.Logging, mask)
 	if err != nil {
 		return report(&bot.ConfigError{Faults: []string{*configPath + ": logging: " + err.Error()}}, stderr)
 	}
@@ -81,6 +83,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	ctx = log.WithContext(ctx)
 
 	b := bot.New(config, *log)
+	b.Mask = mask
 	if *checkOnly {
 		found, err := b.Check(ctx)
 		for _, line := range found {
@@ -134,8 +137,9 @@ func saveExample(path string, stdout io.Writer) error {
 	return err
 }
 
-// newLogger makes the logger of the config. Without writers that is standard output, in colour if it is a terminal.
-func newLogger(config zeroconfig.Config) (*zerolog.Logger, error) {
+// newLogger makes the logger of the config, whose writers get everything masked. Without writers that is standard output, in colour if
+// it is a terminal.
+func newLogger(config zeroconfig.Config, mask *bot.Mask) (*zerolog.Logger, error) {
 	if len(config.Writers) == 0 {
 		format := zeroconfig.LogFormatPretty
 		if isatty.IsTerminal(os.Stdout.Fd()) && os.Getenv("NO_COLOR") == "" {
@@ -143,7 +147,20 @@ func newLogger(config zeroconfig.Config) (*zerolog.Logger, error) {
 		}
 		config.Writers = []zeroconfig.WriterConfig{{Type: zeroconfig.WriterTypeStdout, Format: format}}
 	}
-	return config.Compile()
+	writers := make([]io.Writer, len(config.Writers))
+	for i := range config.Writers {
+		var err error
+		if writers[i], err = config.Writers[i].Compile(); err != nil {
+			return nil, fmt.Errorf("failed to open writer %d: %w", i+1, err)
+		}
+	}
+	config.Writers = []zeroconfig.WriterConfig{{Type: zeroconfig.WriterTypeStdout}} // to be replaced
+	log, err := config.Compile()
+	if err != nil {
+		return nil, err
+	}
+	masked := log.Output(mask.Writer(zerolog.MultiLevelWriter(writers...)))
+	return &masked, nil
 }
 
 // untilSignal returns a context that ends at the first SIGINT or SIGTERM. The second one ends the program at once.

@@ -143,7 +143,7 @@ func TestLogGoesToStandardOutputWithoutColoursIfThatIsNoTerminal(t *testing.T) {
 	zeroconfig.Stdout = &stdout
 	defer func() { zeroconfig.Stdout = os.Stdout }()
 	level := zerolog.InfoLevel
-	log, err := newLogger(zeroconfig.Config{MinLevel: &level})
+	log, err := newLogger(zeroconfig.Config{MinLevel: &level}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -151,6 +151,37 @@ func TestLogGoesToStandardOutputWithoutColoursIfThatIsNoTerminal(t *testing.T) {
 	log.Info().Str("room", "!a:b").Msg("shown")
 	if line := stdout.String(); !strings.HasSuffix(line, " INF shown room=!a:b\n") || strings.ContainsAny(line, "{\x1b") {
 		t.Errorf("%q", line)
+	}
+}
+
+// What a homeserver says goes into errors, and it knows the token: see bot.Mask.
+func TestLogHidesSecretsThatOthersRepeat(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "bot.log")
+	config := new(bot.Config)
+	config.Account.AccessToken = `a "token" & more`
+	mask := bot.NewMask(config)
+	log, err := newLogger(zeroconfig.Config{Writers: []zeroconfig.WriterConfig{
+		{Type: zeroconfig.WriterTypeFile, FileConfig: zeroconfig.FileConfig{Filename: file}},
+		{Type: zeroconfig.WriterTypeFile, Format: zeroconfig.LogFormatPretty, FileConfig: zeroconfig.FileConfig{Filename: file + "2"}},
+	}}, mask)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mask.Hide("another token")
+	refused := errors.New(`unknown token: a "token" & more, not another token`)
+	log.Err(refused).Msg("Failed to sync")
+	for _, path := range []string{file, file + "2"} {
+		written, err := os.ReadFile(path)
+		if err != nil || !strings.Contains(string(written), "unknown token: [redacted], not [redacted]") {
+			t.Errorf("%s, %v", written, err)
+		}
+		if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o600 {
+			t.Errorf("mode %v, %v", info.Mode(), err)
+		}
+	}
+	var stderr bytes.Buffer
+	if report(refused, mask.Writer(&stderr)); stderr.String() != "sendertrust: unknown token: [redacted], not [redacted]\n" {
+		t.Errorf("%q", stderr.String())
 	}
 }
 

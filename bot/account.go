@@ -14,6 +14,7 @@ import (
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/crypto/signatures"
 	"maunium.net/go/mautrix/crypto/ssss"
+	"maunium.net/go/mautrix/crypto/utils"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 
@@ -30,12 +31,16 @@ func setupError(format string, args ...any) error {
 
 const deviceDisplayName = "sendertrust"
 
+// errIncomplete is an answer that a homeserver does not give when all is well: no reason for anybody to change anything.
+var errIncomplete = errors.New("the homeserver's answer lacks what was asked for")
+
 // newClient makes a client that logs no bodies: they hold messages and secrets.
 func (b *Bot) newClient() (*mautrix.Client, error) {
 	client, err := mautrix.NewClient(b.config.Homeserver.Address, b.config.Account.UserID, b.config.Account.AccessToken.Reveal())
 	if err != nil {
 		return nil, setupError("homeserver.address: %w", err)
 	}
+	client.Client.Transport = cryptohook.WithoutNulls(client.Client.Transport)
 	client.Log = b.log
 	client.SyncTraceLog = true
 	client.DefaultHTTPRetries = 3
@@ -77,9 +82,11 @@ func (b *Bot) checkToken(ctx context.Context, deviceID id.DeviceID) error {
 	who, err := b.client.Whoami(ctx)
 	switch {
 	case errors.Is(err, mautrix.MUnknownToken):
-		return setupError("account.access_token: the homeserver does not know it (any more): the device was logged out or deleted; log in anew, with a new database")
+		return b.believeRefusal(err)
 	case err != nil:
 		return fmt.Errorf("failed to ask whose token it is: %w", err)
+	case who.UserID == "":
+		return fmt.Errorf("failed to ask whose token it is: %w", errIncomplete)
 	case who.UserID != b.config.Account.UserID:
 		return setupError("account.access_token: it belongs to %s, and account.user_id is %s", who.UserID, b.config.Account.UserID)
 	case who.DeviceID == "":
@@ -100,11 +107,14 @@ func (b *Bot) loginWithPassword(ctx context.Context, deviceID id.DeviceID) error
 		InitialDeviceDisplayName: deviceDisplayName,
 		StoreCredentials:         true,
 	})
+	b.Mask.Hide(Secret(b.client.AccessToken))
 	switch {
 	case errors.Is(err, mautrix.MForbidden):
 		return setupError("account.password: the homeserver refuses it for %s; check both", b.config.Account.UserID)
 	case err != nil:
 		return fmt.Errorf("failed to log in: %w", err)
+	case b.client.UserID == "" || b.client.DeviceID == "" || b.client.AccessToken == "":
+		return fmt.Errorf("failed to log in: %w", errIncomplete)
 	case b.client.UserID != b.config.Account.UserID:
 		return setupError("account.user_id: the homeserver knows this account as %s, not as %s", b.client.UserID, b.config.Account.UserID)
 	}
@@ -113,7 +123,8 @@ func (b *Bot) loginWithPassword(ctx context.Context, deviceID id.DeviceID) error
 
 // install hooks the client's encryption and words what may be wrong with the database.
 func (b *Bot) install(ctx context.Context) (err error) {
-	b.reviser = b.newReviser()
+	b.self = b.newSelfWatch()
+	b.reviser, b.invitations = b.newReviser(), b.newInvitations()
 	if err = b.reviser.records.Upgrade(ctx); err != nil {
 		return databaseError(fmt.Errorf("failed to upgrade the answers: %w", err))
 	}
@@ -125,6 +136,9 @@ func (b *Bot) install(ctx context.Context) (err error) {
 		Requirement:   cryptohook.TrustRequirement(b.config.Trust.Requirement),
 		VerifiedUsers: b.config.Trust.VerifiedUsers,
 		OnChange:      b.reviser.changed,
+		OnOwnIdentity: b.self.changed,
+		Limits:        b.config.hookLimits(),
+		Clock:         b.clock,
 	})
 	switch {
 	case errors.Is(err, cryptohook.ErrPickleKey):
@@ -144,17 +158,21 @@ func (b *Bot) publishDevice(ctx context.Context, published *mautrix.RespQueryKey
 	shared := mach.GetAccount().Shared
 	keys, known := published.DeviceKeys[own.UserID][own.DeviceID]
 	known = known && len(keys.Keys) > 0
+	ours := keys.Keys.GetEd25519(own.DeviceID) == own.SigningKey && keys.Keys.GetCurve25519(own.DeviceID) == own.IdentityKey
 	switch {
-	case !known && !shared:
+	// If the keys are there already, the answer to their upload was lost.
+	case !shared && (!known || ours):
 		if err := mach.ShareKeys(ctx, -1); err != nil {
 			return fmt.Errorf("failed to publish the device's keys: %w", err)
 		}
 		return nil
+	case !known && published.DeviceKeys[own.UserID] == nil:
+		return fmt.Errorf("failed to ask for the bot's own keys: %w", errIncomplete)
 	case !known:
-		return setupError("device %s was deleted on the server, and its keys are gone: move the database away, so that the bot makes a new device (its recovery key in account.recovery_key keeps its identity)", own.DeviceID)
+		return setupError("device %s was deleted on the server, and its keys are gone. If it was not you: change the account's password, and look who else is logged in. Then move the database away, so that the bot makes a new device (its recovery key in account.recovery_key keeps its identity)", own.DeviceID)
 	case !shared:
 		return setupError("device %s has keys on the server that are not in the database: restore that database, or give account.device_id a new value", own.DeviceID)
-	case keys.Keys.GetEd25519(own.DeviceID) != own.SigningKey || keys.Keys.GetCurve25519(own.DeviceID) != own.IdentityKey:
+	case !ours:
 		return setupError("device %s has other keys on the server than in the database: another program uses this device; give the bot a device of its own", own.DeviceID)
 	}
 	return nil
@@ -180,14 +198,29 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 	if err = b.publishDevice(ctx, published); err != nil {
 		return err
 	}
+	// An answer that does not show this device, which is published now, does not show either that the account has no identity.
+	if published.DeviceKeys[b.client.UserID][b.client.DeviceID].UserID == "" {
+		if published, err = b.queryOwnKeys(ctx); err != nil {
+			return err
+		} else if published.DeviceKeys[b.client.UserID][b.client.DeviceID].UserID == "" {
+			return fmt.Errorf("failed to ask for the bot's own keys: %w", errIncomplete)
+		}
+	}
 	masterKeys, exists := published.MasterKeys[b.client.UserID]
 	masterKey := masterKeys.FirstKey()
 	known, err := b.loadSeeds(ctx)
 	if err != nil {
 		return err
 	}
+	had, err := b.hook.HadIdentity(ctx)
+	if err != nil {
+		return err
+	}
 	switch {
 	case exists && known && b.ownMasterKey() == masterKey:
+	case !exists && had && !b.config.Account.ResetIdentity:
+		// Identities are replaced, but do not go away. A server that is faulty, or lies, is not to make the bot replace its own.
+		return fmt.Errorf("the homeserver shows no encryption identity for %s any more, and did before: not making another one; ask its administrator, or set account.reset_identity to true if the identity is really lost", b.client.UserID)
 	case !exists || b.config.Account.ResetIdentity:
 		if err = b.makeIdentity(ctx); err != nil {
 			return err
@@ -196,6 +229,8 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 		if err = b.restoreIdentity(ctx, masterKey); err != nil {
 			return err
 		}
+	case known:
+		return setupError("the account %s has another encryption identity now (master key %s) than the bot's own (%s): somebody has reset it, or the homeserver is faulty or lies. If it was you, write the new recovery key into account.recovery_key. If not: change the account's password, log out every device of it that is not yours, set account.reset_identity to true, and tell the people in the bot's rooms", b.client.UserID, masterKey, b.ownMasterKey())
 	default:
 		return setupError("the account %s has an encryption identity (master key %s) whose secret keys the bot does not have: write its recovery key into account.recovery_key, or set account.reset_identity to true to replace it (then everybody who verified the account has to verify it anew)", b.client.UserID, masterKey)
 	}
@@ -281,7 +316,7 @@ func (b *Bot) restoreIdentity(ctx context.Context, masterKey id.Ed25519) error {
 		return fmt.Errorf("failed to fetch the identity's secret keys: %w", err)
 	}
 	if b.ownMasterKey() != masterKey {
-		return setupError("account.recovery_key: it belongs to another identity (master key %s) than the account has now (%s); set account.reset_identity to true to make a new one", b.ownMasterKey(), masterKey)
+		return setupError("account.recovery_key: it belongs to another identity (master key %s) than the account has now (%s): somebody has reset the account's identity since. If it was you, write the new recovery key there. If not: change the account's password, log out every device of it that is not yours, set account.reset_identity to true, and tell the people in the bot's rooms", b.ownMasterKey(), masterKey)
 	}
 	if err = b.storeSeeds(ctx, mach.CrossSigningKeys); err != nil {
 		return err
@@ -294,7 +329,7 @@ func (b *Bot) restoreIdentity(ctx context.Context, masterKey id.Ed25519) error {
 // of it is published: a crash in between can be gone on from.
 func (b *Bot) makeIdentity(ctx context.Context) error {
 	mach := b.hook.Machine()
-	key, err := mach.SSSS.GenerateAndUploadKey(ctx, "")
+	key, err := b.makeSecretStorage(ctx)
 	if err != nil {
 		return fmt.Errorf("failed to make a secret storage: %w", err)
 	}
@@ -324,6 +359,20 @@ func (b *Bot) makeIdentity(ctx context.Context) error {
 	return nil
 }
 
+// makeSecretStorage makes one that the recovery key in the configuration opens, if there is one: it may have been written there before a
+// crash or a loss of power, and is what somebody has kept.
+func (b *Bot) makeSecretStorage(ctx context.Context) (*ssss.Key, error) {
+	storage := b.hook.Machine().SSSS
+	if !b.hasRecoveryKey() {
+		return storage.GenerateAndUploadKey(ctx, "")
+	}
+	key, err := ssss.WrapKey(utils.DecodeBase58RecoveryKey(b.config.Account.RecoveryKey.Reveal()), nil)
+	if err == nil {
+		err = storage.SetKeyData(ctx, key.ID, key.Metadata)
+	}
+	return key, err
+}
+
 func isUnauthorized(err error) bool {
 	var httpError mautrix.HTTPError
 	return errors.As(err, &httpError) && httpError.IsStatus(http.StatusUnauthorized)
@@ -343,6 +392,10 @@ func (b *Bot) confirmByPassword(question *mautrix.RespUserInteractive) any {
 
 // tellRecoveryKey prints the recovery key once, and writes it into the configuration only if that asks for it.
 func (b *Bot) tellRecoveryKey(recoveryKey string) error {
+	if recoveryKey == b.config.Account.RecoveryKey.Reveal() {
+		return nil
+	}
+	b.Mask.Hide(Secret(recoveryKey))
 	if b.config.Account.RecoveryKey == Generate {
 		if err := b.config.StoreRecoveryKey(recoveryKey); err != nil {
 			return fmt.Errorf("failed to write the recovery key into the configuration: %w", err)

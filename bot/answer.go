@@ -56,6 +56,9 @@ func (b *Bot) answer(ctx context.Context, evt *event.Event) {
 	if !judged || evt.Sender == b.client.UserID {
 		return
 	}
+	if verdict, judged = b.whileTrusted(ctx, verdict, evt.Sender); !judged {
+		return
+	}
 	if verdict.Late {
 		answered, err := b.reviser.correctLate(ctx, evt, verdict)
 		if err != nil {
@@ -65,9 +68,14 @@ func (b *Bot) answer(ctx context.Context, evt *event.Event) {
 			return
 		}
 	}
-	if !b.isForUs(evt) || b.roomWasTold(ctx, evt, verdict) {
-		return
+	if b.isForUs(evt) && !b.roomWasTold(ctx, evt, verdict) && b.mayAnswer(ctx, evt, verdict) {
+		b.reply(ctx, evt, verdict)
 	}
+}
+
+// reply answers a message that is to be answered, and was not yet.
+func (b *Bot) reply(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) {
+	log := zerolog.Ctx(ctx)
 	told, err := b.record(ctx, evt, verdict)
 	if err != nil {
 		// Better an answer that cannot be corrected than none.
@@ -83,6 +91,7 @@ func (b *Bot) answer(ctx context.Context, evt *event.Event) {
 	if !sent {
 		return
 	}
+	b.metrics.answers.WithLabelValues(string(told.verdict.Code)).Inc()
 	log.Info().Str("code", string(told.verdict.Code)).Stringer("session_id", told.verdict.SessionID).Stringer("answer_id", answerID).Msg("Answered")
 	b.noteAnswer(ctx, told, answerID)
 }
@@ -221,6 +230,9 @@ const (
 // send tries until the homeserver has the event, refuses it for good, or the context ends.
 func (b *Bot) send(ctx context.Context, roomID id.RoomID, content *event.Content, txnID string) (eventID id.EventID, sent bool) {
 	for wait := firstSendRetry; ; wait = min(2*wait, maxSendRetry) {
+		if _, ok := b.self.hold(ctx); !ok {
+			return "", false
+		}
 		faultpoint.Reach("answering")
 		resp, err := b.client.SendMessageEvent(ctx, roomID, event.EventMessage, content, mautrix.ReqSendEvent{TransactionID: txnID})
 		if err == nil {
@@ -235,6 +247,7 @@ func (b *Bot) send(ctx context.Context, roomID id.RoomID, content *event.Content
 			zerolog.Ctx(ctx).Warn().Err(err).Msg("The homeserver does not take the answer; leaving it")
 			return "", false
 		}
+		b.metrics.retries.Inc()
 		zerolog.Ctx(ctx).Warn().Err(err).Dur("retry_in", pause).Msg("Failed to send the answer, trying again")
 		select {
 		case <-ctx.Done():

@@ -17,13 +17,13 @@ import (
 	"sendertrust/cryptohook"
 )
 
-func testBot(t *testing.T) *Bot {
+func testBot(t testing.TB) *Bot {
 	t.Helper()
 	client, err := mautrix.NewClient("http://homeserver.invalid", "@bot:example.org", "token")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &Bot{config: defaultConfig(), client: client}
+	return &Bot{config: defaultConfig(), client: client, metrics: newMetrics()}
 }
 
 func roomEvent(t *testing.T, evtType event.Type, sender id.UserID, content string) *event.Event {

@@ -5,6 +5,7 @@ package bot
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"sync"
@@ -16,12 +17,15 @@ import (
 	"maunium.net/go/mautrix/event"
 
 	"sendertrust/cryptohook"
+	"sendertrust/internal/clock"
 )
 
 // Bot is one account at work.
 type Bot struct {
 	// Output is where the recovery key is printed, once. Standard error by default.
 	Output io.Writer
+	// Mask learns the secrets that the bot gets while it works. Nil: nobody wants to know them.
+	Mask *Mask
 
 	config *Config
 	log    zerolog.Logger
@@ -31,7 +35,15 @@ type Bot struct {
 	hook   *cryptohook.Hook
 	// reviser keeps the answers true.
 	reviser *reviser
-	clock   func() time.Time
+	// limiter decides what is answered, invitations what is joined.
+	limiter     *limiter
+	invitations *invitations
+	metrics     *metrics
+	clock       func() time.Time
+	// tokenRefusedAt is since when the homeserver refuses the configured token; zero: it does not.
+	tokenRefusedAt time.Time
+	// self holds answers back while nobody can check that they are the bot's.
+	self *selfWatch
 
 	// background are the joins that a slow server holds up.
 	background sync.WaitGroup
@@ -41,31 +53,48 @@ type Bot struct {
 
 // New makes a bot by its configuration. It does nothing until it runs.
 func New(config *Config, log zerolog.Logger) *Bot {
-	return &Bot{Output: os.Stderr, config: config, log: log, clock: time.Now}
+	steady := clock.Steady()
+	return &Bot{
+		Output: os.Stderr, config: config, log: log, clock: steady, metrics: newMetrics(), limiter: newLimiter(config, steady),
+	}
 }
 
 const (
 	firstRestart = time.Second
 	maxRestart   = time.Minute
+	// tokenPatience is how long a token may be refused that was accepted before.
+	tokenPatience = 30 * time.Second
 )
 
 // Run works until the context ends. It returns [ErrSetup] when somebody has to change the configuration or the account first, and
 // goes on by itself after everything else that time may mend: a homeserver that is away, a database that fails. While another process
 // owns a database on PostgreSQL, it stands by.
 func (b *Bot) Run(ctx context.Context) error {
+	b.warnOfExposedFiles()
+	stopServing, err := b.serveMetrics(ctx)
+	if err != nil {
+		return err
+	}
+	defer stopServing()
 	if err := b.openDatabase(); err != nil {
 		return err
 	}
 	defer b.closeDatabase()
 	defer b.release()
+	worked := false
 	for wait := firstRestart; ; wait = min(2*wait, maxRestart) {
 		ready, err := b.session(ctx)
 		if ctx.Err() != nil {
 			return nil
 		}
+		err = databaseError(err)
 		if errors.Is(err, ErrSetup) {
+			if worked {
+				b.log.Error().Err(err).Msg("Ending: somebody has to change something first")
+			}
 			return err
 		}
+		worked = worked || ready
 		if ready {
 			wait = firstRestart
 		}
@@ -78,7 +107,8 @@ func (b *Bot) Run(ctx context.Context) error {
 	}
 }
 
-// session owns the database, logs in, installs the hook and syncs. It says whether it got as far as syncing.
+// session owns the database, logs in, installs the hook and syncs. It says whether a /sync went through: then, what went wrong is no reason
+// to wait longer than the last time.
 func (b *Bot) session(ctx context.Context) (ready bool, err error) {
 	if err = b.own(ctx); err != nil {
 		return false, err
@@ -102,28 +132,60 @@ func (b *Bot) session(ctx context.Context) (ready bool, err error) {
 		Str("fingerprint", b.hook.Machine().Fingerprint()).
 		Msg("Bot is ready")
 	err = b.work(ctx)
-	if errors.Is(err, mautrix.MUnknownToken) {
-		return true, b.tokenRefused(err)
+	if ready = !b.hook.Stats().SyncedAt.IsZero(); ready {
+		b.tokenRefusedAt = time.Time{}
 	}
-	return true, err
+	if errors.Is(err, mautrix.MUnknownToken) {
+		err = b.tokenRefused(err)
+	}
+	return ready, err
 }
 
 // work syncs, and corrects answers beside it.
 func (b *Bot) work(ctx context.Context) error {
 	revising, stop := context.WithCancel(ctx)
 	b.background.Go(func() { b.reviser.run(revising) })
+	b.background.Go(func() { b.self.run(revising) })
+	b.resumeInvitations(revising)
+	b.background.Go(func() { b.invitations.run(revising) })
+	b.metrics.observe(b.hook, b.invitations)
+	defer b.metrics.observe(nil, nil)
 	err := b.hook.Run(ctx)
 	stop()
 	b.background.Wait()
 	return err
 }
 
-// tokenRefused words what it means when the homeserver no longer knows the device. With a password the next session logs in again.
+// tokenRefused words what it means when the homeserver no longer knows the token: it has expired, or somebody has logged the device out,
+// which deletes it and its keys.
+//
+// With a password the next session logs in again, with the same device ID: an expired token, or one that the homeserver has lost, is no
+// reason to stop. If the device was deleted, that login finds it without its keys, and the bot ends with [ErrSetup]: whoever deleted it
+// may have meant to, and a new device of the bot's is for its operator to decide. The keys are never published again: everybody has seen
+// that device go. The login that this took is left alone: that the keys are not shown is too little to delete a device for.
+//
+// Without a password the token has to be right again within [tokenPatience]: a homeserver that has lost its database, or is moving it, may
+// refuse all tokens for some moments.
 func (b *Bot) tokenRefused(err error) error {
 	if b.config.Account.AccessToken == "" {
+		b.log.Error().Err(err).Stringer("device_id", b.client.DeviceID).
+			Msg("The homeserver has logged the bot out: logging in again to see whether its device is still there")
 		return err
 	}
-	return setupError("account.access_token: the homeserver does not know it any more: the device was logged out or deleted; log in anew, with a new database")
+	if b.tokenRefusedAt.IsZero() {
+		b.tokenRefusedAt = b.clock()
+		b.log.Error().Err(err).Stringer("device_id", b.client.DeviceID).Dur("believed_after", tokenPatience).
+			Msg("The homeserver refuses the token that it has accepted before: trying for a while whether it is again")
+	}
+	return b.believeRefusal(err)
+}
+
+// believeRefusal says that the token is no good any more, once it was refused for long enough.
+func (b *Bot) believeRefusal(err error) error {
+	if !b.tokenRefusedAt.IsZero() && b.clock().Sub(b.tokenRefusedAt) < tokenPatience {
+		return fmt.Errorf("the homeserver refuses the token: %w", err)
+	}
+	return setupError("account.access_token: the homeserver does not know it (any more): the device was logged out or deleted; log in anew, with a new database")
 }
 
 // Check says whether the bot could start: the configuration is valid already, the database can be used, the homeserver answers, and the
@@ -134,12 +196,16 @@ func (b *Bot) Check(ctx context.Context) (found []string, err error) {
 		return nil, err
 	}
 	found = append(found, "database: "+database)
+	for _, line := range b.exposedFiles() {
+		found = append(found, "warning: "+line)
+	}
 	client, err := b.newClient()
 	if err != nil {
 		return found, err
 	}
 	client.DefaultHTTPRetries = 0
 	client.Log = zerolog.Nop() // the error says it all
+	client.AccessToken = ""    // anybody may ask for the versions; whether the token is known is asked for below
 	if _, err = client.Versions(ctx); err != nil {
 		return found, setupError("homeserver.address: no Matrix homeserver answers at %s (%w)", b.config.Homeserver.Address, err)
 	}
@@ -147,6 +213,7 @@ func (b *Bot) Check(ctx context.Context) (found []string, err error) {
 	if b.config.Account.AccessToken == "" {
 		return found, nil
 	}
+	client.AccessToken = b.config.Account.AccessToken.Reveal()
 	b.client = client
 	return found, b.checkToken(ctx, b.config.Account.DeviceID)
 }

@@ -7,9 +7,12 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
+	"reflect"
 	"slices"
 	"strconv"
 	"strings"
@@ -96,8 +99,23 @@ type Config struct {
 		VerifiedUsers map[id.UserID]id.Ed25519 `yaml:"verified_users"` // pinned master keys: 32 bytes, unpadded base64, after Load
 	} `yaml:"trust"`
 
+	Limits struct {
+		AnswersPerSender  int `yaml:"answers_per_sender"` // a minute, in all rooms
+		AnswersPerRoom    int `yaml:"answers_per_room"`   // a minute
+		EditsPerRoom      int `yaml:"edits_per_room"`     // a minute
+		InvitesPerSender  int `yaml:"invites_per_sender"` // an hour
+		Invites           int `yaml:"invites"`            // a minute
+		QueuedEvents      int `yaml:"queued_events"`      // this one and those below: see cryptohook.Limits
+		WaitingPerSender  int `yaml:"waiting_per_sender"`
+		WaitingPerRoom    int `yaml:"waiting_per_room"`
+		LatePerSender     int `yaml:"late_per_sender"`
+		ToDeviceBytes     int `yaml:"to_device_bytes"`
+		SearchesPerSender int `yaml:"searches_per_sender"`
+		SearchesPerRoom   int `yaml:"searches_per_room"`
+	} `yaml:"limits"`
+
 	Metrics struct {
-		Listen string `yaml:"listen"`
+		Listen string `yaml:"listen"` // host and port; empty: no metrics
 	} `yaml:"metrics"`
 
 	Logging zeroconfig.Config `yaml:"logging"`
@@ -116,6 +134,12 @@ func defaultConfig() *Config {
 	c.Annotate.Mode = ModeReply
 	c.Annotate.Shields = ShieldsLax
 	c.Trust.Requirement = "untrusted"
+	c.Limits.AnswersPerSender, c.Limits.AnswersPerRoom, c.Limits.EditsPerRoom = 60, 300, 10
+	c.Limits.InvitesPerSender, c.Limits.Invites = 100, 60
+	hook := cryptohook.DefaultLimits()
+	c.Limits.QueuedEvents, c.Limits.WaitingPerSender, c.Limits.WaitingPerRoom = hook.QueuedEvents, hook.WaitingPerSender, hook.WaitingPerRoom
+	c.Limits.LatePerSender, c.Limits.ToDeviceBytes = hook.LatePerSender, hook.ToDeviceBytes
+	c.Limits.SearchesPerSender, c.Limits.SearchesPerRoom = hook.SearchesPerSender, hook.SearchesPerRoom
 	c.Logging.MinLevel = ptr.Ptr(zerolog.InfoLevel)
 	return &c
 }
@@ -262,8 +286,9 @@ func (r *configReader) validate() {
 		r.checkUserID("trust.operators", user)
 	}
 	r.checkVerifiedUsers()
-	if listen := c.Metrics.Listen; listen != "" {
-		r.fault("metrics.listen", `%s: metrics are not available in this version; write ""`, quoteValue(listen))
+	r.checkLimits()
+	if listen := c.Metrics.Listen; listen != "" && !isListenAddress(listen) {
+		r.fault("metrics.listen", `%s is not an address with a port; write for example 127.0.0.1:9100, or ""`, quoteValue(listen))
 	}
 	for _, writer := range c.Logging.Writers {
 		r.checkChoice("logging.writers", string(writer.Type), "stdout", "stderr", "file", "syslog", "syslog-cee", "journald")
@@ -271,6 +296,46 @@ func (r *configReader) validate() {
 			r.checkChoice("logging.writers", string(writer.Format), "json", "pretty", "pretty-colored")
 		}
 	}
+}
+
+// The most that a limit may say. Nothing is gained by more, and a number beyond it is a slip of the finger.
+const (
+	mostCount     = 1_000_000
+	leastToDevice = 8 << 10 // a room key takes 3 KiB
+	mostToDevice  = 1 << 20
+)
+
+func (r *configReader) checkLimits() {
+	limits := reflect.ValueOf(r.config.Limits)
+	fields := yamlFields(limits.Type())
+	for _, name := range slices.Sorted(maps.Keys(fields)) {
+		least, most := 1, mostCount
+		if name == "to_device_bytes" {
+			least, most = leastToDevice, mostToDevice
+		}
+		if value := int(limits.FieldByIndex(fields[name].Index).Int()); value < least || value > most {
+			r.fault("limits."+name, "%d is out of range; write a number from %d to %d", value, least, most)
+		}
+	}
+}
+
+// hookLimits are the limits of what the hook holds and does.
+func (c *Config) hookLimits() cryptohook.Limits {
+	return cryptohook.Limits{
+		QueuedEvents: c.Limits.QueuedEvents, WaitingPerSender: c.Limits.WaitingPerSender, WaitingPerRoom: c.Limits.WaitingPerRoom,
+		LatePerSender: c.Limits.LatePerSender, ToDeviceBytes: c.Limits.ToDeviceBytes,
+		SearchesPerSender: c.Limits.SearchesPerSender, SearchesPerRoom: c.Limits.SearchesPerRoom,
+	}
+}
+
+// isListenAddress says whether a program can be asked to listen there: a host or nothing, and a port.
+func isListenAddress(address string) bool {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil || strings.ContainsAny(host, "/ \t") {
+		return false
+	}
+	_, err = strconv.ParseUint(port, 10, 16)
+	return err == nil
 }
 
 func (r *configReader) checkAddress() {

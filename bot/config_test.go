@@ -45,6 +45,19 @@ trust:
     requirement: untrusted
     operators: []
     verified_users: {}
+limits:
+    answers_per_sender: 60
+    answers_per_room: 300
+    edits_per_room: 10
+    invites_per_sender: 100
+    invites: 60
+    queued_events: 20000
+    waiting_per_sender: 100
+    waiting_per_room: 500
+    late_per_sender: 1000
+    to_device_bytes: 65536
+    searches_per_sender: 100
+    searches_per_room: 500
 metrics:
     listen: ""
 logging:
@@ -153,10 +166,10 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"required key misspelled": {"address:", "adress:", "config.yaml: line 2: homeserver.adress: is not a known key; did you mean homeserver.address?"},
 		"key in wrong section":    {"invites:\n", "invites:\n    pickle_key: x\n", "config.yaml: line 17: invites.pickle_key: is not a known key; did you mean encryption.pickle_key?"},
 		"key without section":     {"invites:\n", "user_id: x\ninvites:\n", "config.yaml: line 16: user_id: is not a known key; did you mean account.user_id?"},
-		"unknown logging key":     {"min_level: info", "min_lvel: info", "config.yaml: line 28: logging.min_lvel: is not a known key; did you mean logging.min_level?"},
-		"unknown writer key":      {"writers: []", "writers: [{typ: stdout, type: stdout}]", "config.yaml: line 29: logging.writers.typ: is not a known key; did you mean logging.writers.type?"},
+		"unknown logging key":     {"min_level: info", "min_lvel: info", "config.yaml: line 41: logging.min_lvel: is not a known key; did you mean logging.min_level?"},
+		"unknown writer key":      {"writers: []", "writers: [{typ: stdout, type: stdout}]", "config.yaml: line 42: logging.writers.typ: is not a known key; did you mean logging.writers.type?"},
 		"duplicate key":           {"    shields: lax", "    shields: lax\n    mode: reply", "config.yaml: line 21: annotate.mode: is there twice, first on line 19; remove one of the two"},
-		"duplicate section":       {"logging:", "invites:\n    allow: []\nlogging:", "config.yaml: line 27: invites: is there twice, first on line 16; remove one of the two"},
+		"duplicate section":       {"logging:", "invites:\n    allow: []\nlogging:", "config.yaml: line 40: invites: is there twice, first on line 16; remove one of the two"},
 		"duplicate pin":           {"verified_users: {}", `verified_users: {"@a:b": "` + masterKey + `", "@a:b": "` + masterKey + `"}`, "config.yaml: line 24: trust.verified_users: has an entry twice, first on line 24; remove one of the two"},
 
 		"list for text":        {"password: hunter2\n", "password: [hunter2]\n", "config.yaml: line 5: account.password: is a list; write text"},
@@ -170,8 +183,8 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"section for duration": {"wait: 25s", "wait: {a: 1}", "config.yaml: line 15: encryption.wait: is a section with keys of its own; write a time, for example 25s"},
 		"number for duration":  {"wait: 25s", "wait: 25", `config.yaml: line 15: encryption.wait: "25" is not a time; write a number with its unit, for example 25s or 2m`},
 		"list as key":          {"invites:\n", "invites:\n    [a, b]: x\n", `config.yaml: line 17: invites: has a key that is not a plain word; write lines of the form "key: value"`},
-		"bad log level":        {"min_level: info", "min_level: loud", `config.yaml: line 28: logging.min_level: "loud" is not a level; write error, warn, info, debug or trace`},
-		"text for number":      {"writers: []", "writers: [{type: file, max_size: big}]", `config.yaml: line 29: logging.writers.max_size: "big" is not a whole number; write for example 100`},
+		"bad log level":        {"min_level: info", "min_level: loud", `config.yaml: line 41: logging.min_level: "loud" is not a level; write error, warn, info, debug or trace`},
+		"text for number":      {"writers: []", "writers: [{type: file, max_size: big}]", `config.yaml: line 42: logging.writers.max_size: "big" is not a whole number; write for example 100`},
 		"bad writer type":      {"writers: []", "writers: [{type: printer}]", `config.yaml: logging.writers: "printer" is not one of the choices; write stdout, stderr, file, syslog, syslog-cee or journald`},
 		"bad writer format":    {"writers: []", "writers: [{type: stdout, format: xml}]", `config.yaml: logging.writers: "xml" is not one of the choices; write json, pretty or pretty-colored`},
 
@@ -215,17 +228,23 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"glob without server": {`"@*:localhost"`, `"@bob"`, `config.yaml: invites.allow: "@bob" can never match a Matrix ID; write for example "@*:example.com"`},
 		"glob too large":      {`"@*:localhost"`, `"@` + strings.Repeat("?", 1001) + `"`, `config.yaml: invites.allow: "@` + strings.Repeat("?", 79) + `…" is not a pattern; write for example "@*:example.com"`},
 
-		"unknown mode":        {"mode: reply", "mode: shout", `config.yaml: annotate.mode: "shout" is not one of the choices; write reply or warnings`},
-		"mode of the future":  {"mode: reply", "mode: reaction", `config.yaml: annotate.mode: "reaction" is not available in this version; use reply or warnings`},
-		"mode of the future2": {"mode: reply", "mode: command", `config.yaml: annotate.mode: "command" is not available in this version; use reply or warnings`},
-		"unknown shields":     {"shields: lax", "shields: medium", `config.yaml: annotate.shields: "medium" is not one of the choices; write lax or strict`},
-		"unknown requirement": {"requirement: untrusted", "requirement: trusted", `config.yaml: trust.requirement: "trusted" is not one of the choices; write untrusted, cross_signed_or_legacy or cross_signed`},
-		"bad operator":        {"operators: []", "operators: [alice]", `config.yaml: trust.operators: "alice"` + badID},
-		"bad pin's user":      {"verified_users: {}", "verified_users: {alice: " + masterKey + "}", `config.yaml: trust.verified_users: "alice"` + badID},
-		"pin not base64":      {"verified_users: {}", `verified_users: {"@a:b": "not-a-key"}`, `config.yaml: trust.verified_users: the key of "@a:b" is not base64; write the user's master key: 43 letters, digits, + and /`},
-		"pin too short":       {"verified_users: {}", `verified_users: {"@a:b": "AAAA"}`, `config.yaml: trust.verified_users: the key of "@a:b" has 3 bytes instead of 32; write the user's master key: 43 letters, digits, + and /`},
-		"pin with stray bits": {"verified_users: {}", `verified_users: {"@a:b": "nqOvzeuGWT/sRx3h7+MHoInYj3Uk2LD/unI9kDYcHwl"}`, `config.yaml: trust.verified_users: the key of "@a:b" is not base64; write the user's master key: 43 letters, digits, + and /`},
-		"metrics":             {`listen: ""`, `listen: "127.0.0.1:9090"`, `config.yaml: metrics.listen: "127.0.0.1:9090": metrics are not available in this version; write ""`},
+		"unknown mode":         {"mode: reply", "mode: shout", `config.yaml: annotate.mode: "shout" is not one of the choices; write reply or warnings`},
+		"mode of the future":   {"mode: reply", "mode: reaction", `config.yaml: annotate.mode: "reaction" is not available in this version; use reply or warnings`},
+		"mode of the future2":  {"mode: reply", "mode: command", `config.yaml: annotate.mode: "command" is not available in this version; use reply or warnings`},
+		"unknown shields":      {"shields: lax", "shields: medium", `config.yaml: annotate.shields: "medium" is not one of the choices; write lax or strict`},
+		"unknown requirement":  {"requirement: untrusted", "requirement: trusted", `config.yaml: trust.requirement: "trusted" is not one of the choices; write untrusted, cross_signed_or_legacy or cross_signed`},
+		"bad operator":         {"operators: []", "operators: [alice]", `config.yaml: trust.operators: "alice"` + badID},
+		"bad pin's user":       {"verified_users: {}", "verified_users: {alice: " + masterKey + "}", `config.yaml: trust.verified_users: "alice"` + badID},
+		"pin not base64":       {"verified_users: {}", `verified_users: {"@a:b": "not-a-key"}`, `config.yaml: trust.verified_users: the key of "@a:b" is not base64; write the user's master key: 43 letters, digits, + and /`},
+		"pin too short":        {"verified_users: {}", `verified_users: {"@a:b": "AAAA"}`, `config.yaml: trust.verified_users: the key of "@a:b" has 3 bytes instead of 32; write the user's master key: 43 letters, digits, + and /`},
+		"pin with stray bits":  {"verified_users: {}", `verified_users: {"@a:b": "nqOvzeuGWT/sRx3h7+MHoInYj3Uk2LD/unI9kDYcHwl"}`, `config.yaml: trust.verified_users: the key of "@a:b" is not base64; write the user's master key: 43 letters, digits, + and /`},
+		"metrics without port": {`listen: ""`, `listen: "127.0.0.1"`, `config.yaml: metrics.listen: "127.0.0.1" is not an address with a port; write for example 127.0.0.1:9100, or ""`},
+		"metrics as URL":       {`listen: ""`, `listen: "http://127.0.0.1:9100"`, `config.yaml: metrics.listen: "http://127.0.0.1:9100" is not an address with a port; write for example 127.0.0.1:9100, or ""`},
+		"metrics port too big": {`listen: ""`, `listen: ":65536"`, `config.yaml: metrics.listen: ":65536" is not an address with a port; write for example 127.0.0.1:9100, or ""`},
+		"limit of nothing":     {"answers_per_sender: 60", "answers_per_sender: 0", "config.yaml: limits.answers_per_sender: 0 is out of range; write a number from 1 to 1000000"},
+		"limit beyond measure": {"late_per_sender: 1000", "late_per_sender: 1000001", "config.yaml: limits.late_per_sender: 1000001 is out of range; write a number from 1 to 1000000"},
+		"no room for a key":    {"to_device_bytes: 65536", "to_device_bytes: 100", "config.yaml: limits.to_device_bytes: 100 is out of range; write a number from 8192 to 1048576"},
+		"limit without number": {"edits_per_room: 10", "edits_per_room: many", `config.yaml: line 28: limits.edits_per_room: "many" is not a whole number; write for example 100`},
 
 		"alias":            {"password: hunter2\n", "password: *hunter2\n", "config.yaml: is not YAML: a value begins with * or &; put it in quotes"},
 		"anchor":           {"password: hunter2\n", "password: &hunter2 x\n", "config.yaml: line 5: account.password: begins with *, & or !, which has a meaning of its own in YAML; put the value in quotes"},

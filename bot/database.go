@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/mattn/go-sqlite3"
 	"go.mau.fi/util/dbutil"
 
 	"sendertrust/cryptohook"
@@ -21,22 +22,32 @@ const (
 	checkTimeout = 10 * time.Second
 )
 
-// openDatabase prepares the database. A server is not connected to yet.
-func (b *Bot) openDatabase() (err error) {
-	pool := dbutil.PoolConfig{Type: b.config.Database.Type, URI: b.config.Database.URI.Reveal(), MaxOpenConns: 5, MaxIdleConns: 5}
-	if pool.Type == Postgres {
-		if b.db, err = cryptohook.OpenPostgres(pool.URI); err == nil {
-			b.db.Owner, b.db.Log = databaseOwner, cryptohook.DatabaseLog(b.log)
-			err = b.db.Configure(dbutil.Config{PoolConfig: pool})
-		}
+// openDatabase prepares the database. It is not connected to yet.
+func (b *Bot) openDatabase() error { return b.prepareDatabase(false) }
+
+func (b *Bot) prepareDatabase(toLookOnly bool) (err error) {
+	uri := b.config.Database.URI.Reveal()
+	if b.config.Database.Type == Postgres {
+		b.db, err = cryptohook.OpenPostgres(uri)
 	} else {
-		b.db, err = dbutil.NewFromConfig(databaseOwner, dbutil.Config{PoolConfig: pool}, cryptohook.DatabaseLog(b.log))
+		options := cryptohook.SQLiteOptions{Driver: b.config.Database.Type, URI: uri, Log: b.log.With().Str("component", "database").Logger()}
+		if options.File, err = sqliteFile(uri); err == nil {
+			if options.File == inMemory {
+				options.File = ""
+			}
+			options.ReadOnly = toLookOnly && options.File != ""
+			b.db, err = cryptohook.OpenSQLite(options)
+		}
 	}
 	if err != nil {
 		return setupError("database: %w", err)
 	}
-	return nil
+	b.db.Owner, b.db.Log = databaseOwner, cryptohook.DatabaseLog(b.log)
+	return b.db.Configure(dbutil.Config{PoolConfig: dbutil.PoolConfig{MaxOpenConns: 5, MaxIdleConns: 5}})
 }
+
+// inMemory is the name that [sqliteFile] has for a database that is in no file.
+const inMemory = ":memory:"
 
 func (b *Bot) closeDatabase() {
 	if err := b.db.Close(); err != nil {
@@ -51,6 +62,12 @@ func (b *Bot) own(ctx context.Context) (err error) {
 	}
 	b.release()
 	b.owner, err = cryptohook.Own(b.log.WithContext(ctx), b.db)
+	if failed, ok := errors.AsType[sqlite3.Error](err); ok && failed.Code == sqlite3.ErrReadonly {
+		return setupError("database.uri: the file cannot be written (%w); give the bot's user the right to write it, or make its disk writable", failed)
+	}
+	if err == nil {
+		err = cryptohook.CheckKeys(ctx, b.db, []byte(b.config.Encryption.PickleKey.Reveal()))
+	}
 	return databaseError(err)
 }
 
@@ -66,11 +83,20 @@ func (b *Bot) release() {
 
 // databaseError words what somebody has to change about the database.
 func databaseError(err error) error {
+	if err == nil || errors.Is(err, ErrSetup) {
+		return err
+	}
 	if inUse, ok := errors.AsType[*cryptohook.DatabaseInUseError](err); ok {
 		return setupError("database.uri: %w", inUse)
 	}
 	if errors.Is(err, dbutil.ErrUnsupportedDatabaseVersion) {
 		return setupError("database.uri: %w; use the version of the program that made them, or a newer one", err)
+	}
+	if damage, ok := errors.AsType[*cryptohook.DamagedError](err); ok {
+		return setupError("database.uri: %w; restore a backup of it (sendertrust --check says what is damaged), or, to start anew with a new device, move it away", damage)
+	}
+	if errors.Is(err, cryptohook.ErrPickleKey) {
+		return setupError("encryption.pickle_key: %w; give the key that the database was made with, or use a new database", cryptohook.ErrPickleKey)
 	}
 	refusal, ok := errors.AsType[*pgconn.PgError](err)
 	switch {
@@ -80,6 +106,8 @@ func databaseError(err error) error {
 		return setupError("database.uri: the server has no such database (%s); make it with: createdb", refusal.Message)
 	case strings.HasPrefix(refusal.Code, "28"):
 		return setupError("database.uri: the server refuses the user or the password (%s); correct them", refusal.Message)
+	case strings.HasPrefix(refusal.Code, "XX001"), strings.HasPrefix(refusal.Code, "XX002"):
+		return setupError("database.uri: the server says that the database is damaged (%s); restore a backup of it", refusal.Message)
 	case refusal.Code == "42501":
 		return setupError("database.uri: the user lacks a right (%s); make the user the owner of the database", refusal.Message)
 	default:
@@ -89,18 +117,25 @@ func databaseError(err error) error {
 
 // checkDatabase says what the database is, without changing it.
 func (b *Bot) checkDatabase(ctx context.Context) (description string, err error) {
-	if file, err := sqliteFile(b.config.Database.URI.Reveal()); b.config.Database.Type != Postgres && err == nil {
-		if _, err = os.Stat(file); errors.Is(err, fs.ErrNotExist) {
-			return "new", nil
-		}
-	}
-	if err = b.openDatabase(); err != nil {
+	if err = b.prepareDatabase(true); err != nil {
 		return "", err
 	}
 	defer b.closeDatabase()
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	if file, err := sqliteFile(b.config.Database.URI.Reveal()); b.config.Database.Type != Postgres && err == nil {
+		if _, err = os.Stat(file); errors.Is(err, fs.ErrNotExist) {
+			err = b.db.RawDB.PingContext(ctx)
+			if damage, ok := errors.AsType[*cryptohook.DamagedError](err); ok {
+				return "", databaseError(damage)
+			}
+			return "new", nil
+		}
+	}
+	inspecting, cancel := context.WithTimeout(ctx, checkTimeout)
 	defer cancel()
-	found, err := cryptohook.Inspect(ctx, b.db)
+	found, err := cryptohook.Inspect(inspecting, b.db)
+	if err == nil {
+		err = b.verifyDatabase(ctx)
+	}
 	if err = databaseError(err); err != nil && !errors.Is(err, ErrSetup) {
 		return "", setupError("database.uri: the database cannot be used (%w)", err)
 	} else if err != nil {
@@ -108,7 +143,7 @@ func (b *Bot) checkDatabase(ctx context.Context) (description string, err error)
 	}
 	description = found.Software + ", new"
 	if found.Tables > 0 {
-		description = fmt.Sprintf("%s, tables of version %d", found.Software, found.Tables)
+		description = fmt.Sprintf("%s, tables of version %d, undamaged", found.Software, found.Tables)
 	}
 	switch {
 	case found.Owner == "":
@@ -118,4 +153,17 @@ func (b *Bot) checkDatabase(ctx context.Context) (description string, err error)
 	default:
 		return description + ", in use by " + found.Owner + ", so that another cannot start", nil
 	}
+}
+
+// verifyDatabase reads all of the database, for damage.
+func (b *Bot) verifyDatabase(ctx context.Context) error {
+	damage, err := cryptohook.Verify(ctx, b.db, []byte(b.config.Encryption.PickleKey.Reveal()))
+	if err != nil || len(damage) == 0 {
+		return err
+	}
+	file, _ := sqliteFile(b.config.Database.URI.Reveal())
+	if b.config.Database.Type == Postgres {
+		file = ""
+	}
+	return &cryptohook.DamagedError{File: file, Why: errors.New(strings.Join(damage, "; "))}
 }

@@ -94,9 +94,9 @@ func TestCheckSaysWhatAFileHolds(t *testing.T) {
 	b := botWithDatabase(t, "sqlite3-fk-wal", "file:bot.db?_txlock=immediate")
 	expectCheck(t, b, "new")
 	stop := workWith(t, b)
-	expectCheck(t, b, `SQLite 3[.\d]+, tables of version \d+, in use by process \d+, so that another cannot start`)
+	expectCheck(t, b, `SQLite 3[.\d]+, tables of version \d+, undamaged, in use by process \d+, so that another cannot start`)
 	stop()
-	expectCheck(t, b, `SQLite 3[.\d]+, tables of version \d+, not in use`)
+	expectCheck(t, b, `SQLite 3[.\d]+, tables of version \d+, undamaged, not in use`)
 	makeNewer(t, b)
 	if _, err := b.checkDatabase(t.Context()); !errors.Is(err, ErrSetup) || !strings.Contains(err.Error(), "the tables are of version 1000") {
 		t.Errorf("error %v", err)
@@ -112,9 +112,9 @@ func TestCheckSaysWhatAServerHolds(t *testing.T) {
 	b := botWithDatabase(t, Postgres, uri)
 	expectCheck(t, b, `PostgreSQL .*, new, not in use`)
 	stop := workWith(t, b)
-	expectCheck(t, b, `PostgreSQL .*, tables of version \d+, in use by process \d+ on \S+, behind which another stands by`)
+	expectCheck(t, b, `PostgreSQL .*, tables of version \d+, undamaged, in use by process \d+ on \S+, behind which another stands by`)
 	stop()
-	expectCheck(t, b, `PostgreSQL .*, tables of version \d+, not in use`)
+	expectCheck(t, b, `PostgreSQL .*, tables of version \d+, undamaged, not in use`)
 	makeNewer(t, b)
 	expectRefusal(t, Postgres, uri, "database.uri: ", "unsupported database schema version", "a newer one")
 

@@ -74,7 +74,8 @@ const (
 		INSERT INTO bot_warning (room_id, sender, code, master_key, said_at_ms) VALUES ($1, $2, $3, $4, $5)
 		ON CONFLICT (room_id, sender, code, master_key) DO UPDATE SET said_at_ms=excluded.said_at_ms
 	`
-	forgetSaidQuery = `DELETE FROM bot_warning WHERE said_at_ms<$1`
+	// What rooms were told about the bot itself is kept until it is over.
+	forgetSaidQuery = `DELETE FROM bot_warning WHERE said_at_ms<$1 AND code<>'own_identity'`
 )
 
 func scanRecord(row dbutil.Scannable) (*record, error) {
@@ -127,10 +128,13 @@ func (s *records) add(ctx context.Context, r *record) (*record, error) {
 	return s.get(ctx, r.eventID)
 }
 
+// exec waits for a database that fails: an answer that is not noted cannot be corrected.
 func (s *records) exec(ctx context.Context, query string, args ...any) error {
-	err := s.owner.Write(ctx, s.Database, func(ctx context.Context) error {
-		_, err := s.Exec(ctx, query, args...)
-		return err
+	err := cryptohook.Patiently(ctx, s.Database, func() error {
+		return s.owner.Write(ctx, s.Database, func(ctx context.Context) error {
+			_, err := s.Exec(ctx, query, args...)
+			return err
+		})
 	})
 	if err != nil {
 		return fmt.Errorf("failed to record an answer: %w", err)

@@ -16,6 +16,7 @@ var everyQuery = map[string]string{
 	"getDueQuery": getDueQuery, "getNextDueQuery": getNextDueQuery, "insertRecordQuery": insertRecordQuery, "setAnswerQuery": setAnswerQuery,
 	"setDueQuery": setDueQuery, "setVerdictQuery": setVerdictQuery, "deleteRecordQuery": deleteRecordQuery, "forgetRoomQuery": forgetRoomQuery,
 	"forgetOldQuery": forgetOldQuery, "wasSaidQuery": wasSaidQuery, "insertSaidQuery": insertSaidQuery, "forgetSaidQuery": forgetSaidQuery,
+	"getSaidAtQuery": getSaidAtQuery, "deleteSaidQuery": deleteSaidQuery, "endDoubtsQuery": endDoubtsQuery,
 }
 
 // upgraded gives a database with the bot's tables.

@@ -24,9 +24,8 @@ import (
 const (
 	// answersStayTrue is how long an answer is corrected.
 	answersStayTrue = 24 * time.Hour
-	// editPause is the least time between two edits of an answer; editsPerRoom is the most edits in a room within that time.
-	editPause    = time.Minute
-	editsPerRoom = 10
+	// editPause is the least time between two edits of an answer; limits.edits_per_room is the most edits in a room within that time.
+	editPause = time.Minute
 	// dueAtOnce is how many edits are looked at in one go.
 	dueAtOnce   = 200
 	forgetEvery = time.Hour
@@ -42,9 +41,14 @@ type reviser struct {
 	review func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error)
 	// send sends a message until the homeserver has it, and says no when it refuses it for good, or the context ends.
 	send func(ctx context.Context, roomID id.RoomID, content *event.Content, transactionID string) (id.EventID, bool)
+	// hold waits while the bot may not say anything: see selfWatch.
+	hold func(ctx context.Context) (held, ok bool)
 	// annotate and quiet are the bot's: how it shows a verdict, and which it does not mention.
 	annotate func(v cryptohook.Verdict) annotation
 	quiet    func(v cryptohook.Verdict) bool
+	// editsPerRoom is how many edits a minute there may be in a room; metrics counts them.
+	editsPerRoom int
+	metrics      *metrics
 
 	wake chan struct{}
 	// working is held by who corrects: the worker, or a handler with a key that came late.
@@ -66,8 +70,8 @@ func (b *Bot) newReviser() *reviser {
 		review: func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error) {
 			return b.hook.Review(ctx, told, sender)
 		},
-		send:     b.send,
-		annotate: b.annotate, quiet: b.isQuiet,
+		send: b.send, hold: b.self.hold,
+		annotate: b.annotate, quiet: b.isQuiet, editsPerRoom: b.config.Limits.EditsPerRoom, metrics: b.metrics,
 		wake: make(chan struct{}, 1), edited: make(map[id.RoomID][]time.Time), everything: true,
 		users: make(map[id.UserID]struct{}), sessions: make(map[id.SessionID]struct{}),
 	}
@@ -94,6 +98,9 @@ func (r *reviser) run(ctx context.Context) {
 	ctx = r.log.WithContext(ctx)
 	var forgotten time.Time
 	for ctx.Err() == nil {
+		if _, ok := r.hold(ctx); !ok {
+			return
+		}
 		next, err := r.round(ctx)
 		if err != nil && ctx.Err() == nil {
 			r.log.Err(err).Msg("Failed to correct answers, trying again")
@@ -233,11 +240,13 @@ func (r *reviser) plan(ctx context.Context, rec *record, verdict cryptohook.Verd
 		return r.records.setDue(ctx, rec, time.Time{})
 	case rec.answerID == "" && r.quiet(verdict):
 		return r.records.setVerdict(ctx, rec, verdict)
-	case !rec.due.IsZero():
-		return nil
 	}
 	due := r.clock()
-	if earliest := rec.editedAt.Add(editPause); earliest.After(due) {
+	latest := due.Add(editPause) // later times are by a clock that was ahead
+	if !rec.due.IsZero() && !rec.due.After(latest) {
+		return nil
+	}
+	if earliest := rec.editedAt.Add(editPause); earliest.After(due) && !earliest.After(latest) {
 		due = earliest
 	}
 	return r.records.setDue(ctx, rec, due)
@@ -308,8 +317,9 @@ func (r *reviser) editDue(ctx context.Context) error {
 func (r *reviser) mayEdit(roomID id.RoomID) bool {
 	now := r.clock()
 	recent := slices.DeleteFunc(r.edited[roomID], func(at time.Time) bool { return now.Sub(at) >= editPause })
-	if len(recent) >= editsPerRoom {
+	if len(recent) >= r.editsPerRoom {
 		r.edited[roomID] = recent
+		r.metrics.reached(limitEditsPerRoom)
 		return false
 	}
 	r.edited[roomID] = append(recent, now)
@@ -338,6 +348,7 @@ func (r *reviser) correct(ctx context.Context, rec *record, verdict cryptohook.V
 	if !sent {
 		return r.records.exec(ctx, deleteRecordQuery, rec.eventID)
 	}
+	r.metrics.edits.Inc()
 	log.Info().Stringer("edit_id", eventID).Msg("Corrected an answer")
 	if rec.answerID == "" {
 		if err = r.records.setAnswer(ctx, rec, eventID); err != nil {

@@ -269,7 +269,7 @@ func TestWorseIsSaidAloudOnceASenderAndRoom(t *testing.T) {
 				edits++
 			}
 		}
-		if edits > 0 && edits < 30 && edits%editsPerRoom != 0 {
+		if edits > 0 && edits < 30 && edits%w.bot.config.Limits.EditsPerRoom != 0 {
 			t.Errorf("%d edits", edits)
 		}
 		w.now = w.now.Add(editPause)
@@ -324,14 +324,14 @@ func TestStormOfChangesDoesNotFloodARoom(t *testing.T) {
 			warnings++
 		}
 	}
-	if edits > editsPerRoom || warnings > 2 {
+	if edits > w.bot.config.Limits.EditsPerRoom || warnings > 2 {
 		t.Errorf("%d edits and %d warnings within a minute", edits, warnings)
 	}
 	for range 60 {
 		w.now = w.now.Add(editPause)
 		before := len(w.sent)
 		w.round()
-		if made := len(w.sent) - before; made > editsPerRoom {
+		if made := len(w.sent) - before; made > w.bot.config.Limits.EditsPerRoom {
 			t.Fatalf("%d edits in a minute", made)
 		}
 	}

@@ -130,6 +130,30 @@ func warnOf(before, now cryptohook.Verdict, sender id.UserID) text {
 	return words
 }
 
+// doubtInMyself tells a room that nobody can check for now that it is the bot who answers.
+func doubtInMyself(own cryptohook.OwnIdentity) text {
+	words := text{signWarning, "Do not rely on me for now.", "",
+		"Until I say that it is over, do not believe what is said in my name, and ask the operator of this bot. I answer nothing before that; what you write meanwhile I answer afterwards."}
+	switch own.State {
+	case cryptohook.OwnOtherIdentity:
+		words.known = "The server shows another encryption identity for my account than the one that I have. Somebody may have taken over the account, or the server is wrong."
+	case cryptohook.OwnDeviceMissing:
+		words.known = "The server no longer lists the device that I use. Somebody may have removed it, or the server is wrong."
+	case cryptohook.OwnDeviceChanged:
+		words.known = "The server shows other keys for my device than the ones that I have. Somebody may be using my account, or the server is wrong."
+	default:
+		words.known = "The server does not show that the device that I use is mine. You cannot check that it is me who answers."
+	}
+	return words
+}
+
+// trustInMyself takes it back.
+func trustInMyself() text {
+	return text{signPlain, "I am answering again.",
+		"The server shows my own device and my encryption identity as I have them. What was written meanwhile I answer now.",
+		"If your app warns about anything that was said in my name meanwhile, do not believe it."}
+}
+
 // ofSeveral makes what is said of one message fit several.
 var ofSeveral = strings.NewReplacer(
 	"this message", "those messages", "send it again", "send them again", "sent this", "sent those", "Treat it", "Treat them", "Believe it", "Believe them",
@@ -263,4 +287,32 @@ func groups(key id.Ed25519) string {
 		written.WriteRune(letter)
 	}
 	return written.String()
+}
+
+// stoppedAnswering tells a room that a sender's messages are not answered for now; without a sender, that most are not.
+func stoppedAnswering(sender id.UserID) text {
+	if sender == "" {
+		return text{signCaution, "I have stopped answering most messages in this room for now.",
+			"There are more in a minute than I answer. Until there are less than half as many, I answer only what I warn about, and that not more than once a minute for each person.",
+			"A message without an answer is a message that nobody has checked."}
+	}
+	return text{signCaution, "I have stopped answering " + clip(sender.String()) + " for now.",
+		"They send more messages in a minute than I answer. I answer them again when they send less than half as many. I go on answering everybody else.",
+		"Until then nobody checks their messages: do not take it for a good sign that I say nothing."}
+}
+
+// answeringAgain tells a room that what it was told by stoppedAnswering is over.
+func answeringAgain(sender id.UserID, unanswered int) text {
+	whose := "messages in this room"
+	headline := "I answer all messages in this room again."
+	if sender != "" {
+		whose = "messages of theirs in this room"
+		headline = "I answer " + clip(sender.String()) + " again."
+	}
+	if unanswered == 1 {
+		whose = strings.Replace(whose, "messages", "message", 1)
+	}
+	return text{signPlain, headline,
+		fmt.Sprintf("I have not answered %d %s in the meantime.", unanswered, whose),
+		"Nobody has checked those."}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -403,6 +404,7 @@ const (
 		INSERT INTO sendertrust_invite (room_id, inviter, invited_at_ms) VALUES ($1, $2, $3)
 		ON CONFLICT (room_id) DO UPDATE SET inviter=excluded.inviter, invited_at_ms=excluded.invited_at_ms
 	`
+	getInvitesQuery   = `SELECT room_id, inviter FROM sendertrust_invite WHERE invited_at_ms>=$1 ORDER BY invited_at_ms`
 	getInviterQuery   = `SELECT inviter FROM sendertrust_invite WHERE room_id=$1 AND invited_at_ms>=$2`
 	pruneInvitesQuery = `DELETE FROM sendertrust_invite WHERE invited_at_ms<$1`
 )
@@ -460,4 +462,24 @@ func (s *store) putInvite(ctx context.Context, roomID id.RoomID, inviter id.User
 func (s *store) inviter(ctx context.Context, roomID id.RoomID, since time.Time) (inviter id.UserID, err error) {
 	err = s.QueryRow(ctx, getInviterQuery, roomID, since.UnixMilli()).Scan(&inviter)
 	return inviter, ignoreNoRows(err)
+}
+
+// Invitation is that somebody has invited us to a room.
+type Invitation struct {
+	RoomID  id.RoomID
+	Inviter id.UserID
+}
+
+// Invitations gives those of the last day that are neither accepted nor withdrawn, the oldest first.
+func (h *Hook) Invitations(ctx context.Context) ([]Invitation, error) {
+	rows, err := h.store.Query(ctx, getInvitesQuery, h.clock().Add(-keepBundles).UnixMilli())
+	all, err := dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (i Invitation, err error) {
+		return i, row.Scan(&i.RoomID, &i.Inviter)
+	}, err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read who has invited us: %w", err)
+	}
+	return slices.DeleteFunc(all, func(i Invitation) bool {
+		return !h.client.StateStore.IsInvited(ctx, i.RoomID, h.client.UserID)
+	}), nil
 }

@@ -265,7 +265,7 @@ func (c *crowd) judgeAgain(int) {
 	for told := range c.seen {
 		c.work("judge an event", 3, func(int) error {
 			stored := told.asStoredEvent(time.Now().Add(-time.Hour))
-			judged, verdict, wait, err := c.judge(c.ctx, stored, must(stored.parse()))
+			judged, verdict, wait, err := c.judge(c.ctx, stored, must(stored.parse(stored.event)))
 			if err != nil || wait > 0 {
 				return fmt.Errorf("%s has to wait %v: %w", told.eventID, wait, err)
 			}
@@ -356,7 +356,7 @@ func (c *crowd) read(int) {
 	c.work("read all sessions", 20, func(n int) error {
 		unknown := make([]byte, 32)
 		_, _ = rand.Read(unknown)
-		c.search.want(crowdRoom(n), id.SessionID(base64.RawStdEncoding.EncodeToString(unknown)), false)
+		c.search.want(crowdRoom(n), "@peer0:test", id.SessionID(base64.RawStdEncoding.EncodeToString(unknown)), false)
 		sessions, err := c.uow.GetAllGroupSessions(c.ctx).AsList()
 		if err != nil {
 			return err

@@ -26,6 +26,7 @@ func (u *unitOfWork) GetGroupSession(ctx context.Context, roomID id.RoomID, sess
 		session, err = u.claimedGroupSession(ctx, roomID, sessionID)
 	}
 	if err != nil && !errors.Is(err, crypto.ErrGroupSessionWithheld) {
+		err = u.orUnreadable(ctx, err, "the key of session "+sessionID.String(), getGroupPickleQuery, u.AccountID, sessionID)
 		err = u.failLocked(ctx, fmt.Errorf("%w: %w", errStorage, err))
 	}
 	return session, err

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/http"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -17,6 +16,8 @@ import (
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 	"maunium.net/go/mautrix/sqlstatestore"
+
+	"sendertrust/internal/clock"
 )
 
 // Options are the settings of [Install]. DB and PickleKey are required.
@@ -40,7 +41,12 @@ type Options struct {
 	// OnChange, if set, is told what may have changed the verdicts that were given: see [Hook.Review]. It is called from the
 	// hook's own goroutines and must not wait for anything.
 	OnChange func(Change)
-	// Clock is time.Now by default.
+	// OnOwnIdentity, if set, is told when the homeserver no longer publishes our own device and identity as they are, and when it does
+	// again: see [Hook.OwnIdentity]. Like OnChange it must not wait for anything.
+	OnOwnIdentity func(OwnIdentity)
+	// Limits bound what others can make the hook hold and do. Zero values are the defaults.
+	Limits Limits
+	// Clock is what waiting is measured by. By default it begins with the computer's time, and does not follow when that is set later.
 	Clock func() time.Time
 }
 
@@ -78,6 +84,10 @@ type Hook struct {
 	syncer    *syncer
 	transport *transport
 	questions keyQuestions
+	own       ownWatch
+	counters  counters
+	// judgedPending is written in the unit of work's transactions only.
+	judgedPending pendingJudged
 	// background are goroutines that answer other devices' requests.
 	background sync.WaitGroup
 	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.
@@ -141,8 +151,9 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 	if options.KeyWait == 0 {
 		options.KeyWait = defaultKeyWait
 	}
+	options.Limits = options.Limits.withDefaults()
 	if options.Clock == nil {
-		options.Clock = time.Now
+		options.Clock = clock.Steady()
 	}
 	if err = selfTest(ctx); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrNoInterception, err)
@@ -175,14 +186,14 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 		return nil, fmt.Errorf("failed to read the inbox: %w", err)
 	}
 	h.inbox.lastSeq.Store(lastSeq)
-	h.mach = crypto.NewOlmMachine(client, &h.log, h.uow, stateStore)
+	h.mach = crypto.NewOlmMachine(client, &h.log, h.uow, patientState{stateStore, h})
 	// The hook asks for keys itself, beside decryption; and it has its own record of message indices.
 	h.mach.DisableDecryptKeyFetching = true
 	h.mach.DisableRatchetTracking = true
 	// What is in a message does not change who sent it.
 	h.mach.IgnorePostDecryptionParseErrors = true
 	if err = h.mach.Load(ctx); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrPickleKey, err)
+		return nil, h.uow.whyNotLoaded(ctx, err)
 	}
 	// mautrix works these out at first use, without a lock.
 	h.mach.GetAccount().Keys()
@@ -236,19 +247,16 @@ func (h *Hook) takeOver() {
 		inner = existing
 	}
 	h.syncer = &syncer{DefaultSyncer: inner, hook: h}
-	h.syncer.OnEvent(h.client.StateStoreSyncHandler)
+	h.syncer.OnEvent(h.keepState)
 	h.syncer.OnEventType(event.StateMember, h.mach.HandleMemberEvent)
 	h.syncer.OnEventType(event.StateMember, h.noteInvite)
 	h.syncer.OnEventType(event.StateHistoryVisibility, h.mach.HandleHistoryVisibility)
 
 	base := h.client.Client.Transport
-	if base == nil {
-		base = http.DefaultTransport
-	}
 	if earlier, ok := base.(*transport); ok {
 		base = earlier.base
 	}
-	h.transport = &transport{base: base, hook: h}
+	h.transport = &transport{base: WithoutNulls(base), hook: h}
 	httpClient := *h.client.Client
 	httpClient.Transport = h.transport
 
@@ -274,12 +282,13 @@ func (h *Hook) Run(ctx context.Context) (err error) {
 	if err = h.prepare(ctx); err != nil {
 		return h.ending(err, ctx.Err() != nil)
 	}
+	h.own.begin(h.clock())
 	var workers sync.WaitGroup
 	workers.Go(func() { h.resolver.run(ctx) })
 	workers.Go(func() { h.inbox.run(ctx) })
 	workers.Go(func() { h.search.run(ctx) })
 	workers.Go(func() { h.bundles.run(ctx) })
-	err = h.client.SyncWithContext(ctx)
+	err = h.syncer.sync(ctx)
 	ended := ctx.Err() != nil
 	cancel()
 	workers.Wait()

@@ -3,8 +3,10 @@ package cryptohook
 import (
 	"context"
 	"fmt"
+	"strings"
 	"time"
 
+	"github.com/tidwall/gjson"
 	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
@@ -42,6 +44,8 @@ const (
 		VALUES ($1, $2, $3, $4, $5, $6, false) ON CONFLICT (event_id) DO NOTHING
 	`
 	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event, told FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL AND seq>$1 ORDER BY seq LIMIT $2`
+	getTextQuery     = `SELECT event FROM sendertrust_inbox WHERE event_id=$1 AND event IS NOT NULL`
+	getAllLateQuery  = `SELECT event FROM sendertrust_inbox WHERE late_session IS NOT NULL AND event IS NOT NULL`
 	markHandledQuery = `UPDATE sendertrust_inbox SET event=NULL WHERE event_id=$1`
 	pruneInboxQuery  = `DELETE FROM sendertrust_inbox WHERE event IS NULL AND received_at_ms<$1`
 	markLateQuery    = `UPDATE sendertrust_inbox SET told=true, late_session=$2 WHERE event_id=$1`
@@ -61,8 +65,23 @@ type inboxEvent struct {
 	event         string
 	// told: the handler was told that the event cannot be decrypted.
 	told bool
-	// retryAt is when an event that has to wait is tried again without being woken.
-	retryAt time.Time
+	// sender and sessionID are as the event says; the session is empty if it is none.
+	sender    id.UserID
+	sessionID id.SessionID
+	// retryAt is when an event that has to wait is tried again if nothing comes for it before; awaitsKey says that it waits for its key.
+	retryAt   time.Time
+	awaitsKey bool
+
+	// The rest is for the inbox, and guarded by its lock.
+
+	place eventPlace
+	lap   int
+	// lacksKey says that it is counted among those that wait for their keys.
+	lacksKey bool
+	// keysCame counts the keys that came for its session; stirs is how often it is to be tried for that; again, that it is as soon as it
+	// is put back.
+	keysCame, stirs int
+	again           bool
 }
 
 func scanInboxEvent(row dbutil.Scannable) (*inboxEvent, error) {
@@ -70,7 +89,18 @@ func scanInboxEvent(row dbutil.Scannable) (*inboxEvent, error) {
 	var received int64
 	err := row.Scan(&e.eventID, &e.seq, &e.roomID, &e.roomEncrypted, &received, &e.event, &e.told)
 	e.receivedAt = time.UnixMilli(received)
+	e.sender, e.sessionID = senderAndSession(e.event)
 	return &e, err
+}
+
+// senderAndSession reads who sent an event, and in which session. The copies do not keep the event's text in memory.
+func senderAndSession(text string) (id.UserID, id.SessionID) {
+	found := gjson.GetMany(text, "sender", "content.session_id")
+	sessionID := found[1].Str
+	if !isKey(sessionID) {
+		sessionID = ""
+	}
+	return id.UserID(strings.Clone(found[0].Str)), id.SessionID(strings.Clone(sessionID))
 }
 
 func (s *store) putInboxEvent(ctx context.Context, e *inboxEvent) error {
@@ -89,6 +119,27 @@ func (s *store) pendingInbox(ctx context.Context, seq int64, limit int) ([]*inbo
 		return nil, fmt.Errorf("failed to read the inbox: %w", err)
 	}
 	return events, nil
+}
+
+// inboxText gives an event as it came, or nothing if it was handled.
+func (s *store) inboxText(ctx context.Context, eventID id.EventID) (text string, err error) {
+	err = s.QueryRow(ctx, getTextQuery, eventID).Scan(&text)
+	return text, ignoreNoRows(err)
+}
+
+// lateSenders counts for each sender the events that wait for keys that come late.
+func (s *store) lateSenders(ctx context.Context) (map[id.UserID]int, error) {
+	counts := make(map[id.UserID]int)
+	rows, err := s.Query(ctx, getAllLateQuery)
+	err = dbutil.NewRowIterWithError(rows, dbutil.ScanSingleColumn[string], err).Iter(func(text string) (bool, error) {
+		sender, _ := senderAndSession(text)
+		counts[sender]++
+		return true, nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("failed to read the inbox: %w", err)
+	}
+	return counts, nil
 }
 
 func (s *store) markHandled(ctx context.Context, eventID id.EventID) error {

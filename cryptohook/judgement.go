@@ -19,6 +19,7 @@ const longestIdentityWait = 5 * time.Second
 
 // judge gives the event for the handler, decrypted if it can and may be, with its verdict; or how long to wait at most.
 func (h *Hook) judge(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *event.Event, v Verdict, wait time.Duration, err error) {
+	e.awaitsKey = false
 	switch {
 	case evt.Type != event.EventEncrypted && e.roomEncrypted:
 		v.Code = CodeSentInClear
@@ -133,9 +134,14 @@ func (h *Hook) judgeUndecrypted(ctx context.Context, e *inboxEvent, sender id.Us
 	}
 	if left := h.options.KeyWait - h.clock().Sub(e.receivedAt); !final && left > 0 {
 		if code == CodeUnableToDecrypt {
-			h.search.want(e.roomID, v.SessionID, reason == ReasonUnknownIndex)
+			h.search.want(e.roomID, sender, v.SessionID, reason == ReasonUnknownIndex)
 		}
-		return left, nil
+		if h.inbox.mayWait(e) {
+			e.awaitsKey = true
+			return left, nil
+		}
+		h.counters.reach(LimitWaiting)
+		zerolog.Ctx(ctx).Info().Msg("Not waiting for the key of an event: as many of its sender or its room wait as may")
 	}
 	zerolog.Ctx(ctx).Debug().Err(failure).Msg("Failed to decrypt an event")
 	v.Code, v.Reason = code, reason

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/http"
 	"sync"
 
@@ -20,6 +21,10 @@ type keyQuery struct {
 	DeviceKeys      map[id.UserID]map[id.DeviceID]json.RawMessage `json:"device_keys"`
 	MasterKeys      map[id.UserID]json.RawMessage                 `json:"master_keys"`
 	SelfSigningKeys map[id.UserID]json.RawMessage                 `json:"self_signing_keys"`
+	// UserSigningKeys has our own only: nobody is shown another user's.
+	UserSigningKeys map[id.UserID]json.RawMessage `json:"user_signing_keys"`
+	// Failures are the homeservers that did not answer.
+	Failures map[string]json.RawMessage `json:"failures"`
 }
 
 // keyQuestions are the key queries that are under way, whoever makes them. They overtake each other: an answer is older than one that
@@ -63,25 +68,69 @@ func (q *keyQuestions) answers(userID id.UserID, number uint64) bool {
 	return true
 }
 
+// questionIn reads whom a key query asks about; nil when that cannot be told.
+func questionIn(req *http.Request) (*mautrix.ReqQueryKeys, error) {
+	if req.GetBody == nil {
+		return nil, nil
+	}
+	request, err := req.GetBody()
+	if err != nil {
+		return nil, err
+	}
+	var asked mautrix.ReqQueryKeys
+	if err = json.NewDecoder(request).Decode(&asked); err != nil {
+		return nil, fmt.Errorf("failed to read the key query's own request: %w", err)
+	}
+	return &asked, nil
+}
+
+// withoutUnasked leaves those out of an answer whom the query did not ask about. mautrix would take them in: a server could have us
+// encrypt to other devices of a user than those that we asked for.
+func withoutUnasked(req *http.Request, body []byte) ([]byte, error) {
+	var answer map[string]json.RawMessage
+	asked, err := questionIn(req)
+	if err != nil || asked == nil || json.Unmarshal(body, &answer) != nil {
+		return body, err
+	}
+	changed := false
+	for _, field := range []string{"device_keys", "master_keys", "self_signing_keys", "user_signing_keys"} {
+		var users map[id.UserID]json.RawMessage
+		if json.Unmarshal(answer[field], &users) != nil {
+			continue
+		}
+		all := len(users)
+		maps.DeleteFunc(users, func(userID id.UserID, _ json.RawMessage) bool {
+			_, wanted := asked.DeviceKeys[userID]
+			return !wanted
+		})
+		if len(users) == all {
+			continue
+		}
+		if answer[field], err = json.Marshal(users); err != nil {
+			return nil, err
+		}
+		changed = true
+	}
+	if !changed {
+		return body, nil
+	}
+	zerolog.Ctx(req.Context()).Warn().Msg("Leaving out of a key query's answer whom nobody has asked about")
+	return json.Marshal(answer)
+}
+
 // observeKeyQuery stores what a /keys/query answer proves, before mautrix sees it. Users that were not asked about are
 // ignored. An unreadable answer is left to mautrix to complain about.
 func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) error {
 	ctx := req.Context()
-	var asked mautrix.ReqQueryKeys
-	if req.GetBody == nil {
-		return nil
-	}
-	request, err := req.GetBody()
-	if err != nil {
+	asked, err := questionIn(req)
+	if err != nil || asked == nil {
 		return err
-	}
-	if err = json.NewDecoder(request).Decode(&asked); err != nil {
-		return fmt.Errorf("failed to read the key query's own request: %w", err)
 	}
 	var answer keyQuery
 	if err = json.Unmarshal(body, &answer); err != nil {
 		return nil
 	}
+	h.observeOwn(asked, number, &answer)
 	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
 	err = h.learn(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		answered = answered[:0]

@@ -16,8 +16,8 @@ import (
 // keySearch looks for the keys that waiting events lack: in the server-side backup first, then by asking our own other devices. It does
 // so once a session and hour, beside everything else: who waits is never held up by it.
 //
-// Anybody in a room can send any number of messages of sessions that do not exist. So few searches are made at a time, and no more
-// than so many a room and hour.
+// Anybody in a room can send any number of messages of sessions that do not exist. So few searches are made at a time, the senders taking
+// turns, and no more than so many a sender, a room and hour.
 type keySearch struct {
 	hook *Hook
 	wake chan struct{}
@@ -25,8 +25,9 @@ type keySearch struct {
 	mu sync.Mutex
 	// wanted are the sessions that are searched for, or were lately.
 	wanted map[id.SessionID]*missingKey
-	// spent counts the searches of each room since spentSince.
-	spent      map[id.RoomID]int
+	// spentBy and spentIn count the searches for each sender and in each room since spentSince.
+	spentBy    map[id.UserID]int
+	spentIn    map[id.RoomID]int
 	spentSince time.Time
 	// open are the sessions that other devices were asked for and have not answered.
 	open   map[id.SessionID]struct{}
@@ -37,6 +38,8 @@ type keySearch struct {
 type missingKey struct {
 	sessionID id.SessionID
 	roomID    id.RoomID
+	// sender is whose message lacks the key.
+	sender id.UserID
 	// partial says that there is a key, for later messages only.
 	partial bool
 	// next is when to look again; rests says that this is when somebody wants it again only.
@@ -51,17 +54,17 @@ const (
 	// searchAgain is how often a session is searched for.
 	searchAgain = time.Hour
 	// keepRequests is how long an answer of another device is accepted.
-	keepRequests    = 24 * time.Hour
-	searchesAtOnce  = 10
-	searchPause     = time.Second
-	searchesHeld    = 5000
-	searchesPerRoom = 500
+	keepRequests   = 24 * time.Hour
+	searchesAtOnce = 10
+	searchPause    = time.Second
+	searchesHeld   = 5000
 )
 
 func newKeySearch(hook *Hook) *keySearch {
 	return &keySearch{
 		hook: hook, wake: make(chan struct{}, 1),
-		wanted: make(map[id.SessionID]*missingKey), spent: make(map[id.RoomID]int), open: make(map[id.SessionID]struct{}),
+		wanted: make(map[id.SessionID]*missingKey), open: make(map[id.SessionID]struct{}),
+		spentBy: make(map[id.UserID]int), spentIn: make(map[id.RoomID]int),
 	}
 }
 
@@ -85,7 +88,7 @@ func (s *keySearch) load(ctx context.Context) error {
 
 // want has the key of a session searched for, unless it was lately. partial says that there is one, for later messages only. What is no
 // session ID was made up.
-func (s *keySearch) want(roomID id.RoomID, sessionID id.SessionID, partial bool) {
+func (s *keySearch) want(roomID id.RoomID, sender id.UserID, sessionID id.SessionID, partial bool) {
 	if !isKey(sessionID.String()) {
 		return
 	}
@@ -98,13 +101,17 @@ func (s *keySearch) want(roomID id.RoomID, sessionID id.SessionID, partial bool)
 	}
 	if now.Sub(s.spentSince) >= searchAgain {
 		s.spentSince = now
-		clear(s.spent)
+		clear(s.spentBy)
+		clear(s.spentIn)
 	}
-	if s.spent[roomID] >= searchesPerRoom || !known && len(s.wanted) >= searchesHeld {
+	limits := s.hook.options.Limits
+	if s.spentBy[sender] >= limits.SearchesPerSender || s.spentIn[roomID] >= limits.SearchesPerRoom || !known && len(s.wanted) >= searchesHeld {
+		s.hook.counters.reach(LimitSearches)
 		return
 	}
-	s.spent[roomID]++
-	s.wanted[sessionID] = &missingKey{sessionID: sessionID, roomID: roomID, partial: partial, next: now.Add(searchDelay)}
+	s.spentBy[sender]++
+	s.spentIn[roomID]++
+	s.wanted[sessionID] = &missingKey{sessionID: sessionID, roomID: roomID, sender: sender, partial: partial, next: now.Add(searchDelay)}
 	notify(s.wake)
 }
 
@@ -161,21 +168,46 @@ func (s *keySearch) pass(ctx context.Context) (worked bool, err error) {
 	return len(due) > 0 || sent > 0, err
 }
 
-// take gives the sessions whose time has come, and forgets those that nobody has wanted for long.
+// take gives the sessions whose time has come, the senders taking turns, and forgets those that nobody has wanted for long.
 func (s *keySearch) take() (due []*missingKey) {
 	now := s.hook.clock()
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	bySender := make(map[id.UserID][]*missingKey)
 	for sessionID, key := range s.wanted {
 		switch {
 		case key.next.After(now):
 		case key.rests:
 			delete(s.wanted, sessionID)
-		case len(due) < searchesAtOnce:
-			due = append(due, key)
+		default:
+			bySender[key.sender] = append(bySender[key.sender], key)
+		}
+	}
+	for turn := 0; len(bySender) > 0; turn++ {
+		for sender, keys := range bySender {
+			if len(due) == searchesAtOnce {
+				return due
+			}
+			if turn == len(keys) {
+				delete(bySender, sender)
+				continue
+			}
+			due = append(due, keys[turn])
 		}
 	}
 	return due
+}
+
+// length is how many keys are being looked for.
+func (s *keySearch) length() (searched int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, key := range s.wanted {
+		if !key.rests {
+			searched++
+		}
+	}
+	return searched
 }
 
 // search looks for some sessions. Those that the backup could not be asked for are tried again by back-off.

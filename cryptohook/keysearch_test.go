@@ -214,12 +214,13 @@ func TestFinalWithheldCodesAreNotSearchedFor(t *testing.T) {
 
 // Anybody in a room can send messages of sessions that do not exist.
 func TestStormOfUndecryptableEventsDoesNotStormTheServer(t *testing.T) {
-	w, alice, _ := twoPeople(t)
+	w, alice, mallory := twoPeople(t)
 	server := newAccountServer(w)
 	w.element()
 	var storm []object
 	ciphertext := newMegolm(trustRoom).message("nothing")["ciphertext"]
-	for i := range 2 * searchesPerRoom {
+	limits := w.hook.options.Limits
+	for i := range 2 * limits.SearchesPerRoom {
 		fake := unpaddedBase64([]byte(fmt.Sprintf("%032d", i)))
 		storm = append(storm, w.roomEvent(alice.owner.userID, "m.room.encrypted", object{
 			"algorithm": string(id.AlgorithmMegolmV1), "session_id": fake, "ciphertext": ciphertext,
@@ -241,8 +242,11 @@ func TestStormOfUndecryptableEventsDoesNotStormTheServer(t *testing.T) {
 		w.searchNow()
 		w.handle()
 	}
-	if len(server.sent) != searchesPerRoom {
-		t.Errorf("%d requests for one room in an hour", len(server.sent))
+	if len(server.sent) != limits.SearchesPerSender {
+		t.Errorf("%d requests for one sender in an hour", len(server.sent))
+	}
+	if reached := w.hook.Stats().Reached[LimitSearches]; reached == 0 {
+		t.Error("that the limit was reached is not counted")
 	}
 	w.clock.advance(defaultKeyWait)
 	for range 2 {
@@ -253,7 +257,42 @@ func TestStormOfUndecryptableEventsDoesNotStormTheServer(t *testing.T) {
 	w.sync(syncPart{room: "!other:test", timeline: []object{w.say(alice, s, "hello")}})
 	w.handle()
 	w.searchNow()
-	if len(server.sent) != searchesPerRoom+1 {
-		t.Error("the storm in one room keeps another room's keys from being asked for")
+	if len(server.sent) != limits.SearchesPerSender {
+		t.Error("the sender has more searched for in another room")
 	}
+	// Nor is anybody else, in this one.
+	honest := newMegolm(trustRoom)
+	w.sync(syncPart{timeline: []object{w.say(mallory, honest, "hello")}})
+	w.handle()
+	w.searchNow()
+	if len(server.sent) != limits.SearchesPerSender+1 {
+		t.Error("one sender's storm keeps another's keys from being asked for")
+	}
+}
+
+// Each pass makes a few searches: the senders take turns.
+func TestSearchesAreMadeInTurn(t *testing.T) {
+	w, alice, mallory := twoPeople(t)
+	server := newAccountServer(w)
+	w.element()
+	var storm []object
+	for range 90 {
+		storm = append(storm, w.say(mallory, newMegolm(trustRoom), "nothing"))
+	}
+	honest := newMegolm(trustRoom)
+	w.sync(syncPart{timeline: append(storm, w.say(alice, honest, "hello"))})
+	w.handle()
+	w.clock.advance(searchDelay)
+	if _, err := w.hook.search.pass(w.ctx); err != nil {
+		t.Fatal(err)
+	}
+	if len(server.sent) != searchesAtOnce {
+		t.Fatalf("%d requests in one pass", len(server.sent))
+	}
+	for _, sent := range server.sent {
+		if strings.Contains(fmt.Sprint(sent), honest.id().String()) {
+			return
+		}
+	}
+	t.Error("alice's key was not among the first that were asked for")
 }

@@ -40,6 +40,7 @@ func (u *unitOfWork) records(ctx context.Context, senderKey id.SenderKey) ([]*ol
 	rows, err := u.DB.Query(ctx, getOlmSessionsQuery, senderKey, u.AccountID)
 	sessions, err := dbutil.NewRowIterWithError(rows, u.scanOlmSession, err).AsList()
 	if err != nil {
+		err = u.orUnreadable(ctx, err, "an Olm session with "+senderKey.String(), getOlmPicklesQuery, u.AccountID, senderKey)
 		return nil, u.fail(ctx, fmt.Errorf("failed to read the Olm sessions with %s: %w", senderKey, err))
 	}
 	records := make([]*olmRecord, len(sessions))

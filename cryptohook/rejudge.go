@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -39,6 +40,7 @@ func (h *Hook) judgeStored(ctx context.Context, users []id.UserID, tried map[cla
 // judgeUser walks the steps again for a user's unproven sessions. What any copy of a device's keys proves was noted when it came, so the
 // order of the sessions makes no difference.
 func (h *Hook) judgeUser(ctx context.Context, userID id.UserID, tried map[claimKey]struct{}, change *Change) error {
+	h.counters.judgedAgain.Add(1)
 	unproven, err := h.store.sessions(ctx, getUnprovenOfQuery, userID)
 	if err != nil {
 		return err
@@ -69,14 +71,33 @@ func (h *Hook) judgeUser(ctx context.Context, userID id.UserID, tried map[claimK
 }
 
 // judgePending judges the user's sessions now if something was learnt that the resolver has yet to judge them by: what arrives is compared
-// with what is known, not with what was.
+// with what is known, not with what was. Within one transaction that is done once for what was learnt, not for each of a thousand keys.
 func (h *Hook) judgePending(ctx context.Context, userID id.UserID) error {
-	if !h.resolver.isToJudge(userID) {
+	learnt := h.resolver.toJudge(userID)
+	if learnt == 0 || h.judgedPending.done(h.store.Execable(ctx), userID, learnt) {
 		return nil
 	}
 	change, err := h.judgeStored(ctx, []id.UserID{userID}, nil)
 	h.tellAfterCommit(change)
 	return err
+}
+
+// pendingJudged is what judgePending has done in the transaction that is open. Only that touches it.
+type pendingJudged struct {
+	transaction dbutil.Execable
+	learnt      map[id.UserID]int
+}
+
+// done says whether it was done already in this transaction, and notes that it is now.
+func (p *pendingJudged) done(transaction dbutil.Execable, userID id.UserID, learnt int) bool {
+	if p.transaction != transaction {
+		p.transaction, p.learnt = transaction, make(map[id.UserID]int)
+	}
+	if p.learnt[userID] == learnt {
+		return true
+	}
+	p.learnt[userID] = learnt
+	return false
 }
 
 // rejudgeProven brings a user's proven sessions in line with what is known now.

@@ -2,6 +2,7 @@ package cryptohook
 
 import (
 	"context"
+	"fmt"
 	"hash/fnv"
 	"maps"
 	"runtime/debug"
@@ -109,11 +110,18 @@ func (r *resolver) pending(userID id.UserID) bool {
 	return outdated || answered
 }
 
-// isToJudge says that something about the user was learnt, and that the user's sessions are about to be judged by it.
-func (r *resolver) isToJudge(userID id.UserID) bool {
+// toJudge counts how often something about the user was learnt by which the user's sessions are about to be judged.
+func (r *resolver) toJudge(userID id.UserID) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.answered[userID] > 0
+	return r.answered[userID]
+}
+
+// length is how many users' keys are to be asked for.
+func (r *resolver) length() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.outdated)
 }
 
 // run works until the context ends.
@@ -161,6 +169,9 @@ func (r *resolver) begin(ctx context.Context) error {
 	for userID := range r.hook.options.VerifiedUsers {
 		r.ask(userID)
 	}
+	if err := r.hook.store.hasten(ctx, r.hook.clock()); err != nil {
+		return fmt.Errorf("failed to read the schedule: %w", err)
+	}
 	users, err := r.hook.uow.GetOutdatedTrackedUsers(ctx)
 	if err != nil {
 		return err
@@ -175,7 +186,7 @@ func (r *resolver) untilNext(ctx context.Context, failed bool) time.Duration {
 		return afterFailure
 	}
 	now := r.hook.clock()
-	sleep := longestSleep
+	sleep := min(longestSleep, r.hook.own.untilDue(now))
 	if next, err := r.hook.store.nextRetry(ctx, now.Add(retrySlack)); err == nil && !next.IsZero() {
 		sleep = min(sleep, next.Sub(now))
 	}
@@ -208,6 +219,9 @@ func (r *resolver) pass(ctx context.Context) (worked bool, err error) {
 
 // round begins to ask for whom it is time, without waiting for the answers, and judges by those that came.
 func (r *resolver) round(ctx context.Context) error {
+	if r.hook.own.due(r.hook.clock()) {
+		r.ask(r.hook.client.UserID)
+	}
 	batches, err := r.plan(ctx)
 	if err != nil {
 		return err
@@ -420,11 +434,12 @@ func (r *resolver) start(ctx context.Context, batches []*batch) {
 
 // work asks for the keys of the batch's users, and judges their sessions by the answer, or notes that there was none.
 func (r *resolver) work(ctx context.Context, b *batch) error {
+	// Verdicts wait until the answer, and what it says of the sessions, is taken in.
+	defer r.hook.inbox.learnt(b.users)
 	r.query(ctx, b.users)
 	if len(b.tried) == 0 || ctx.Err() != nil {
 		return ctx.Err()
 	}
-	defer r.hook.inbox.wakeRooms()
 	return r.hook.judgeUnproven(ctx, b.users, b.tried)
 }
 
@@ -440,7 +455,7 @@ func (r *resolver) judgeAnswered(ctx context.Context) (worked bool, err error) {
 		worked = true
 		r.judged(users, answered)
 		// Verdicts wait until all that was learnt is judged.
-		r.hook.inbox.wakeRooms()
+		r.hook.inbox.learnt(users)
 	}
 	return worked, nil
 }

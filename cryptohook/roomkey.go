@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math"
 	"runtime/debug"
+	"slices"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -49,6 +50,11 @@ var (
 // receiveEncrypted decrypts one m.room.encrypted to-device event within the unit of work. It returns what was in it if that is
 // neither a room key nor handled by mautrix. The error is one of the store's.
 func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.Event, error) {
+	if size := len(evt.Content.VeryRaw); size > h.options.Limits.ToDeviceBytes {
+		h.counters.reach(LimitToDevice)
+		zerolog.Ctx(ctx).Warn().Int("bytes", size).Msg("Ignoring an encrypted to-device event that is larger than any key")
+		return nil, nil
+	}
 	defer h.uow.endMessage()
 	receiving := withReceiving(ctx)
 	intercepted := *evt
@@ -310,8 +316,11 @@ func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
 			return err
 		}
 	}
-	if !news {
-		return nil
+	if news {
+		news, err = h.proves(ctx, arrived)
+	}
+	if err != nil || !news {
+		return err
 	}
 	h.learntInPassing()
 	// What proves the device proves its other sessions.
@@ -322,6 +331,13 @@ func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
 	change.Users = append(change.Users, arrived.Sender)
 	h.tellAfterCommit(change)
 	return err
+}
+
+// proves says that today's self-signing key is among those that have signed the claim's device. The signatures of others are kept in
+// case that they turn out to be the user's; until then they prove nothing, and a sender can make up as many as there are messages.
+func (h *Hook) proves(ctx context.Context, claim *SenderData) (bool, error) {
+	identity, err := h.store.identity(ctx, claim.Sender)
+	return identity != nil && slices.Contains(claim.signers, identity.SelfSigningKey), err
 }
 
 // otherClaim is what is known of the sender of a session that did not come in an m.room_key: nothing, unless we made it.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.mau.fi/util/dbutil"
@@ -27,6 +28,8 @@ type store struct {
 	*dbutil.Database
 	// owner is the process's ownership of the database; nil in tests, and while the tables are made.
 	owner *Ownership
+	// failures counts the transactions that failed.
+	failures atomic.Uint64
 }
 
 func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
@@ -36,7 +39,11 @@ func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
 // write runs fn in a transaction of its own. Writers come one after the other, on PostgreSQL too: what one reads is what the one
 // before it has committed. A process that does not own the database any more gets [ErrNotOwner].
 func (s *store) write(ctx context.Context, fn func(ctx context.Context) error) error {
-	return s.owner.Write(ctx, s.Database, fn)
+	err := s.owner.Write(ctx, s.Database, fn)
+	if err != nil && ctx.Err() == nil {
+		s.failures.Add(1)
+	}
+	return err
 }
 
 func ignoreNoRows(err error) error {
@@ -60,6 +67,7 @@ const (
 	getUnprovenOfQuery = selectSession + `WHERE sender=$1 AND state IN ('unknown_device', 'device_info') AND source='direct'`
 	getDueOfQuery      = getUnprovenOfQuery + ` AND next_retry_time_ms <= $2`
 	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_claim WHERE next_retry_time_ms > $1`
+	hastenQuery        = `UPDATE sendertrust_claim SET next_retry_time_ms=$1 WHERE next_retry_time_ms > $1 AND updated_at_ms > $1`
 	insertSenderQuery  = `
 		INSERT INTO sendertrust_sender (user_id, identity_key, signing_key) VALUES ($1, $2, $3)
 		ON CONFLICT (user_id, identity_key, signing_key) DO NOTHING
@@ -219,6 +227,14 @@ func (s *store) dueSenders(ctx context.Context, before time.Time) ([]id.UserID, 
 		return nil, fmt.Errorf("failed to read whose sessions are due: %w", err)
 	}
 	return senders, nil
+}
+
+// hasten makes due what was scheduled by a clock that was ahead.
+func (s *store) hasten(ctx context.Context, now time.Time) error {
+	return s.write(ctx, func(ctx context.Context) error {
+		_, err := s.Exec(ctx, hastenQuery, now.UnixMilli())
+		return err
+	})
 }
 
 // nextRetry gives the time of the earliest retry that is scheduled after that time, or zero.

@@ -30,29 +30,39 @@ var everyQuery = map[string]string{
 	"insertInboxQuery": insertInboxQuery, "getInboxQuery": getInboxQuery, "markHandledQuery": markHandledQuery, "pruneInboxQuery": pruneInboxQuery,
 	"getMigrationQuery": getMigrationQuery, "putMigrationQuery": putMigrationQuery, "getUnclaimedQuery": getUnclaimedQuery,
 	"countHeldQuery": countHeldQuery, "markAllOutdatedQuery": markAllOutdatedQuery, "getDeviceOwnersQuery": getDeviceOwnersQuery,
-	"lastSeqQuery": lastSeqQuery, "markLateQuery": markLateQuery, "getLateQuery": getLateQuery, "wakeLateQuery": wakeLateQuery,
+	"lastSeqQuery": lastSeqQuery, "getTextQuery": getTextQuery, "getAllLateQuery": getAllLateQuery, "markLateQuery": markLateQuery, "getLateQuery": getLateQuery, "wakeLateQuery": wakeLateQuery,
 	"giveUpLateQuery":    giveUpLateQuery,
 	"getKeyRequestQuery": getKeyRequestQuery, "getDueRequestsQuery": getDueRequestsQuery, "upsertKeyRequestQuery": upsertKeyRequestQuery,
 	"sentKeyRequestQuery": sentKeyRequestQuery, "answerKeyRequestQuery": answerKeyRequestQuery, "deleteKeyRequestQuery": deleteKeyRequestQuery,
 	"pruneKeyRequestsQuery": pruneKeyRequestsQuery, "getAskedQuery": getAskedQuery, "getOwnDevicesQuery": getOwnDevicesQuery,
 	"upsertBundleQuery": upsertBundleQuery, "trimBundlesOfQuery": trimBundlesOfQuery, "trimBundlesQuery": trimBundlesQuery,
 	"getBundlesQuery": getBundlesQuery, "deleteBundleQuery": deleteBundleQuery, "pruneBundlesQuery": pruneBundlesQuery,
-	"upsertInviteQuery": upsertInviteQuery, "getInviterQuery": getInviterQuery, "pruneInvitesQuery": pruneInvitesQuery,
+	"upsertInviteQuery": upsertInviteQuery, "getInviterQuery": getInviterQuery, "getInvitesQuery": getInvitesQuery, "pruneInvitesQuery": pruneInvitesQuery,
 	"getSourceUserQuery": getSourceUserQuery,
 	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "getMessageIndexQuery": getMessageIndexQuery,
 	"insertMessageIndexQuery": insertMessageIndexQuery,
-	"getGenerationQuery":      getGenerationQuery, "getHolderNameQuery": getHolderNameQuery, "raiseQuery": raiseQuery, "getTablesQuery": getTablesQuery,
+	"getOwnPicklesQuery":      getOwnPicklesQuery, "getSomePicklesQuery": getSomePicklesQuery, "getSecretQuery": getSecretQuery,
+	"getOutboundPickleQuery": getOutboundPickleQuery, "getOlmPicklesQuery": getOlmPicklesQuery, "getGroupPickleQuery": getGroupPickleQuery,
+	"getGenerationQuery": getGenerationQuery, "getHolderNameQuery": getHolderNameQuery, "raiseQuery": raiseQuery, "getTablesQuery": getTablesQuery,
 }
 
 // mayScan are statements on tables that are meant to be tiny (one account a database, and at most so many bundles), and two that are made
 // once in a database's life, of everything that mautrix has kept there.
-var mayScan = map[string]bool{"getDeviceOwnersQuery": true, "markAllOutdatedQuery": true, "getAccountQuery": true, "getTablesQuery": true, "trimBundlesQuery": true}
+var mayScan = map[string]bool{"getDeviceOwnersQuery": true, "markAllOutdatedQuery": true, "getAccountQuery": true, "getTablesQuery": true, "trimBundlesQuery": true,
+	"getOwnPicklesQuery": true, "getSomePicklesQuery": true}
 
 // everyOwnQuery are the statements that only one of the databases knows. None but the first reads a table of ours.
 var everyOwnQuery = map[string]string{
 	"lockGenerationQuery": lockGenerationQuery, "tryLockQuery": tryLockQuery, "unlockQuery": unlockQuery, "setLeaseQuery": setLeaseQuery,
 	"ownerTableQuery": ownerTableQuery, "endConnectionsQuery": endConnectionsQuery, "getFileQuery": getFileQuery, "getSQLiteVersionQuery": getSQLiteVersionQuery,
-	"getPostgresVersionQuery": getPostgresVersionQuery, "isLockedQuery": isLockedQuery,
+	"getPostgresVersionQuery": getPostgresVersionQuery, "isLockedQuery": isLockedQuery, "getTableNamesQuery": getTableNamesQuery,
+}
+
+// Verify reads everything, on purpose.
+func init() {
+	for _, kind := range pickles {
+		everyOwnQuery[kind.table] = kind.query
+	}
 }
 
 func expectPlans(t *testing.T, db *dbutil.Database, queries map[string]string) {

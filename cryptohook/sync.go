@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
@@ -24,8 +25,11 @@ import (
 type syncer struct {
 	*mautrix.DefaultSyncer
 	hook *Hook
-	// failures counts failed /syncs in a row.
-	failures int
+	// failures counts failed /syncs in a row, refusals those that the homeserver called wrong.
+	failures, refusals int
+	// positionLost says that the homeserver does not know any more what was synced.
+	positionLost bool
+	filterID     string
 }
 
 var (
@@ -33,10 +37,43 @@ var (
 	_ mautrix.DispatchableSyncer = (*syncer)(nil)
 )
 
+// sync syncs until the context ends, or syncing fails for good.
+func (s *syncer) sync(ctx context.Context) error {
+	for {
+		err := s.hook.client.SyncWithContext(ctx)
+		switch {
+		case errors.Is(err, errPositionLost):
+			s.losePosition(err)
+		case errors.Is(err, errNoPosition):
+			wait, err := s.OnFailedSync(nil, err)
+			if err == nil {
+				err = await(ctx, wait)
+			}
+			if err != nil {
+				return err
+			}
+		default:
+			return err
+		}
+	}
+}
+
 // ProcessResponse implements [mautrix.Syncer]. An error ends syncing: the unit of work is broken, or the context ended.
 func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, since string) error {
 	h := s.hook
-	s.failures = 0
+	if resp.NextBatch == "" {
+		// Without it the next /sync would be the first: what comes until then would be taken for history.
+		return errNoPosition
+	}
+	dropNulls(resp)
+	if s.failures > 0 {
+		// Whatever became of our own device meanwhile, its change may not be told any more.
+		h.resolver.ask(h.client.UserID)
+	}
+	s.failures, s.refusals = 0, 0
+	if s.positionLost {
+		h.stageAllOutdated()
+	}
 	defer h.unlockKept(false)
 	changed := resp.DeviceLists.Changed
 	if len(changed) > 0 {
@@ -62,11 +99,16 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 		return err
 	}
 	faultpoint.Reach("synced")
+	h.counters.syncedAt.Store(h.clock().UnixMilli())
 	h.unlockKept(true)
 	h.tellCommitted()
+	if s.positionLost {
+		s.positionLost = false
+		h.askAllOutdated(ctx)
+	}
 	if len(changed) > 0 { // mautrix does not ask PostgreSQL about nobody in a way that it understands
 		if tracked, err := h.uow.FilterTrackedUsers(ctx, changed); err != nil {
-			zerolog.Ctx(ctx).Err(err).Msg("Failed to look up which changed device lists matter")
+			h.log.Err(err).Msg("Failed to look up which changed device lists matter")
 		} else {
 			h.resolver.ask(tracked...)
 		}
@@ -97,6 +139,37 @@ func (h *Hook) commit(ctx context.Context) error {
 		case <-time.After(wait):
 		}
 	}
+}
+
+// dropNulls takes the events and rooms out of a /sync answer that are the JSON null. Nobody looks for those: they would end the process,
+// again and again.
+func dropNulls(resp *mautrix.RespSync) {
+	lists := []*mautrix.SyncEventsList{&resp.AccountData, &resp.Presence, &resp.ToDevice}
+	maps.DeleteFunc(resp.Rooms.Join, func(_ id.RoomID, room *mautrix.SyncJoinedRoom) bool { return room == nil })
+	maps.DeleteFunc(resp.Rooms.Leave, func(_ id.RoomID, room *mautrix.SyncLeftRoom) bool { return room == nil })
+	maps.DeleteFunc(resp.Rooms.Invite, func(_ id.RoomID, room *mautrix.SyncInvitedRoom) bool { return room == nil })
+	maps.DeleteFunc(resp.Rooms.Knock, func(_ id.RoomID, room *mautrix.SyncKnockedRoom) bool { return room == nil })
+	for _, room := range resp.Rooms.Join {
+		lists = append(lists, &room.State, room.StateAfter, &room.Timeline.SyncEventsList, &room.Ephemeral, &room.AccountData, &room.Sticky)
+	}
+	for _, room := range resp.Rooms.Leave {
+		lists = append(lists, &room.State, room.StateAfter, &room.Timeline.SyncEventsList)
+	}
+	for _, room := range resp.Rooms.Invite {
+		lists = append(lists, &room.State)
+	}
+	for _, room := range resp.Rooms.Knock {
+		lists = append(lists, &room.State)
+	}
+	for _, list := range lists {
+		if list != nil {
+			list.Events = withoutNulls(list.Events)
+		}
+	}
+}
+
+func withoutNulls(events []*event.Event) []*event.Event {
+	return slices.DeleteFunc(events, func(evt *event.Event) bool { return evt == nil })
 }
 
 // receive works through the to-device events without touching the network. It leaves in the response what handlers may see, and
@@ -138,6 +211,9 @@ func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed [
 	return postponed, nil
 }
 
+// longestWithheldCode is more than any code that the specification has, in bytes.
+const longestWithheldCode = 100
+
 // receiveWithheld notes why a sender does not share a session with us. Such a notice is not encrypted: it explains a missing
 // key and never outweighs one, so it is kept apart from mautrix's, where it would stand in the session's place.
 func (h *Hook) receiveWithheld(ctx context.Context, sender id.UserID, content *event.RoomKeyWithheldEventContent) {
@@ -145,10 +221,15 @@ func (h *Hook) receiveWithheld(ctx context.Context, sender id.UserID, content *e
 	if content.SessionID == "" && content.Code != event.RoomKeyWithheldNoOlmSession {
 		return
 	}
+	if content.SessionID != "" && !isKey(content.SessionID.String()) || len(content.Code) > longestWithheldCode {
+		zerolog.Ctx(ctx).Warn().Msg("Ignoring a notice about a room key that cannot be one")
+		return
+	}
 	now := h.clock()
 	h.uow.stage(func(ctx context.Context) error {
 		return h.store.putWithheld(ctx, content.SessionID, sender, content.Code, now)
 	})
+	h.inbox.withheld(sender, content.SessionID)
 }
 
 // takeRoomEvents moves the room events that are messages from the response to the inbox, in the unit of work.
@@ -164,11 +245,21 @@ func (s *syncer) takeRoomEvents(ctx context.Context, resp *mautrix.RespSync, sin
 		if room.StateAfter != nil {
 			room.StateAfter.Events = h.dropDowngrades(ctx, room.StateAfter.Events, &encrypted)
 		}
-		missed, err := h.fetchGap(ctx, roomID, room, since)
+		missed, err := s.fetchGap(ctx, roomID, room, since)
 		if err != nil {
 			return err
 		}
 		timeline := sinceJoining(h.client.UserID, append(missed, room.Timeline.Events...))
+		// The first /sync of a database shows history that a former database may have answered.
+		wanted := timeline
+		if since == "" {
+			wanted = nil
+		}
+		if s.positionLost {
+			if wanted, _, err = h.afterKnown(context.WithoutCancel(ctx), timeline); err != nil {
+				return h.uow.breakWith(err)
+			}
+		}
 		state := make([]*event.Event, 0, len(room.Timeline.Events))
 		for i, evt := range timeline {
 			if evt.StateKey != nil {
@@ -178,8 +269,11 @@ func (s *syncer) takeRoomEvents(ctx context.Context, resp *mautrix.RespSync, sin
 				}
 				continue
 			}
-			// The first /sync of a database shows history that a former database may have answered.
-			if since == "" || h.isOwnEcho(evt) {
+			if len(timeline)-i > len(wanted) {
+				h.noteHistory(roomID, encrypted, evt.ID, now)
+				continue
+			}
+			if h.isOwnEcho(evt) {
 				continue
 			}
 			if err = h.putInInbox(roomID, encrypted, evt, now); err != nil {
@@ -197,31 +291,58 @@ const (
 )
 
 // fetchGap gets what a /sync left out between its timeline and the one before: after a long pause the server sends the newest
-// events only. It gives up after 1,000 events a room, or when the server does not answer, and says so. The error is the context's
-// end: the next process fetches the gap.
-func (h *Hook) fetchGap(ctx context.Context, roomID id.RoomID, room *mautrix.SyncJoinedRoom, since string) (missed []*event.Event, err error) {
-	if !room.Timeline.Limited || since == "" || joinedIn(h.client.UserID, room.Timeline.Events) >= 0 {
+// events only. It gives up after 1,000 events a room, or when the server refuses to give them, and says so. An error is the end of the
+// context or of the token: the next process fetches the gap.
+func (s *syncer) fetchGap(ctx context.Context, roomID id.RoomID, room *mautrix.SyncJoinedRoom, since string) (missed []*event.Event, err error) {
+	h := s.hook
+	if !room.Timeline.Limited || since == "" && !s.positionLost {
 		return nil, nil
 	}
+	if begins, err := s.beginsIn(ctx, room.Timeline.Events); begins || err != nil {
+		return nil, err
+	}
 	log := h.log.With().Stringer("room_id", roomID).Logger()
+	ctx = log.WithContext(ctx)
 	from := room.Timeline.PrevBatch
 	for range gapPages {
-		page, err := h.client.Messages(ctx, roomID, from, since, mautrix.DirectionBackward, nil, gapPage)
+		page, err := h.messages(ctx, roomID, from, since)
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
+		} else if errors.Is(err, mautrix.MUnknownToken) || errors.Is(err, mautrix.MMissingToken) {
+			return nil, err
 		} else if err != nil {
-			log.Err(err).Int("found", len(missed)).Msg("Failed to fetch all messages that came during a long pause; some may stay unanswered")
+			log.Err(err).Int("found", len(missed)).Msg("The homeserver does not give all messages that came during a long pause; some may stay unanswered")
 			return missed, nil
 		}
+		page.Chunk = withoutNulls(page.Chunk)
 		slices.Reverse(page.Chunk)
 		missed = append(page.Chunk, missed...)
-		if page.End == "" || len(page.Chunk) == 0 || joinedIn(h.client.UserID, page.Chunk) >= 0 {
+		begins, err := s.beginsIn(ctx, page.Chunk)
+		if err != nil {
+			return nil, err
+		}
+		if page.End == "" || len(page.Chunk) == 0 || begins {
 			return missed, nil
 		}
 		from = page.End
 	}
 	log.Warn().Int("found", len(missed)).Msg("Too many messages came during a long pause; the oldest stay unanswered")
 	return missed, nil
+}
+
+// beginsIn says that nothing before these events is missing.
+func (s *syncer) beginsIn(ctx context.Context, events []*event.Event) (bool, error) {
+	if joinedIn(s.hook.client.UserID, events) >= 0 {
+		return true, nil
+	}
+	if !s.positionLost {
+		return false, nil
+	}
+	_, found, err := s.hook.afterKnown(context.WithoutCancel(ctx), events)
+	if err != nil {
+		err = s.hook.uow.breakWith(err)
+	}
+	return found, err
 }
 
 // dropDowngrades leaves out m.room.encryption events that would switch encryption off: that is not possible in Matrix, and
@@ -306,8 +427,12 @@ func (s *syncer) OnFailedSync(_ *mautrix.RespSync, err error) (time.Duration, er
 	if errors.Is(err, mautrix.MUnknownToken) || errors.Is(err, mautrix.MMissingToken) {
 		return 0, err
 	}
+	if s.isPositionLost(err) {
+		return 0, fmt.Errorf("%w: %w", errPositionLost, err)
+	}
 	wait := min(firstSyncRetry<<min(s.failures, 10), maxSyncRetry)
 	s.failures++
+	s.hook.counters.failedSyncs.Add(1)
 	s.hook.log.Warn().Err(err).Dur("retry_in", wait).Msg("Failed to sync")
 	s.hook.transport.lenientSync.Store(true)
 	return wait, nil
@@ -319,10 +444,20 @@ type tokenStore struct{ hook *Hook }
 
 var _ mautrix.SyncStore = tokenStore{}
 
-func (tokenStore) SaveFilterID(context.Context, id.UserID, string) error   { return nil }
-func (tokenStore) LoadFilterID(context.Context, id.UserID) (string, error) { return "", nil }
-func (tokenStore) SaveNextBatch(context.Context, id.UserID, string) error  { return nil }
+func (t tokenStore) SaveFilterID(_ context.Context, _ id.UserID, filterID string) error {
+	t.hook.syncer.filterID = filterID
+	return nil
+}
+
+func (t tokenStore) LoadFilterID(context.Context, id.UserID) (string, error) {
+	return t.hook.syncer.filterID, nil
+}
+
+func (tokenStore) SaveNextBatch(context.Context, id.UserID, string) error { return nil }
 func (t tokenStore) LoadNextBatch(ctx context.Context, _ id.UserID) (string, error) {
+	if t.hook.syncer.positionLost {
+		return "", nil
+	}
 	var token string
 	err := t.hook.store.QueryRow(ctx, getTokenQuery, t.hook.uow.AccountID).Scan(&token)
 	return token, ignoreNoRows(err)

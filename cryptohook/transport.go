@@ -51,12 +51,21 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		defer t.hook.questions.end()
 	}
 	resp, err := t.base.RoundTrip(req)
+	if keyQuery {
+		t.hook.counters.keyQuery(err == nil && resp.StatusCode == http.StatusOK)
+	}
 	if err != nil || resp.StatusCode != http.StatusOK {
 		return resp, err
 	}
 	switch {
 	case keyQuery:
-		return replaceBody(resp, func(body []byte) ([]byte, error) { return body, t.hook.observeKeyQuery(req, number, body) })
+		return replaceBody(resp, func(body []byte) ([]byte, error) {
+			body, err := withoutUnasked(req, body)
+			if err != nil {
+				return nil, err
+			}
+			return body, t.hook.observeKeyQuery(req, number, body)
+		})
 	case strings.HasSuffix(path, "/sync") && t.lenientSync.Swap(false):
 		return replaceBody(resp, func(body []byte) ([]byte, error) { return dropMalformedEvents(req.Context(), body) })
 	}
@@ -99,7 +108,7 @@ func keepParsable(ctx context.Context, value any) any {
 	}
 	for key, member := range object {
 		list, isList := member.([]any)
-		if key != "events" || !isList {
+		if !isList || !strings.EqualFold(key, "events") { // as encoding/json finds it
 			object[key] = keepParsable(ctx, member)
 			continue
 		}

@@ -337,7 +337,9 @@ type trustWorld struct {
 	hook   *Hook
 	syncs  int
 	events int
-	seen   []seenEvent
+	// seenLock is for tests in which the inbox runs by itself.
+	seenLock sync.Mutex
+	seen     []seenEvent
 	// onMessage, if set, is called by the handler of messages.
 	onMessage func(ctx context.Context, evt *event.Event)
 	log       *lockedBuffer
@@ -463,6 +465,8 @@ func (w *trustWorld) note(evt *event.Event) {
 	if message, isMessage := evt.Content.Parsed.(*event.MessageEventContent); isMessage {
 		body = message.Body
 	}
+	w.seenLock.Lock()
+	defer w.seenLock.Unlock()
 	w.seen = append(w.seen, seenEvent{evt.ID, body, verdict, evt})
 }
 
@@ -666,6 +670,8 @@ func (w *trustWorld) sawOne(eventID id.EventID) seenEvent {
 }
 
 func (w *trustWorld) saw(eventID any) bool {
+	w.seenLock.Lock()
+	defer w.seenLock.Unlock()
 	for _, seen := range w.seen {
 		if string(seen.eventID) == eventID.(string) {
 			return true

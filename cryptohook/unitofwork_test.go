@@ -264,13 +264,15 @@ func TestUnreadableOlmSessionsBreakTheUnitOfWork(t *testing.T) {
 	root, size := r.count(`SELECT rootpage FROM sqlite_schema WHERE name='crypto_olm_session'`), r.count(`PRAGMA page_size`)
 	before := dumpFile(t, s)
 	r.close()
+	// A start would find the damage. What connections remember of the file they would not read again.
+	r = s.openWith(t, safeDriver, s.seed, 1, net)
+	defer r.close()
+	r.uow.DB.RawDB.SetMaxIdleConns(0)
 	file := must(os.OpenFile(s.seed, os.O_RDWR, 0))
 	defer file.Close()
 	place, whole := int64((root-1)*size), make([]byte, size)
 	must(file.ReadAt(whole, place))
 	must(file.WriteAt(bytes.Repeat([]byte{0xff}, size), place))
-	r = s.openWith(t, safeDriver, s.seed, 1, net)
-	defer r.close()
 	if err := r.process(t.Context(), s.Syncs[1]); !errors.Is(err, ErrUnitOfWorkBroken) {
 		t.Fatalf("the error is %v, want ErrUnitOfWorkBroken", err)
 	}

@@ -135,6 +135,16 @@ func (v Verdict) mayComeLate() bool {
 	}
 }
 
+// undecrypted says that the message was not decrypted, or need not have been.
+func (v Verdict) undecrypted() bool {
+	switch v.Code {
+	case CodeUnableToDecrypt, CodeSentInClear, CodeNotEncrypted, CodeSessionRejected, CodeMismatchedSender:
+		return true
+	default:
+		return false
+	}
+}
+
 // verdictKey is where a verdict hangs on its event. JSON cannot forge it: what comes from there is never an *attached.
 const verdictKey = "dev.sendertrust.verdict"
 

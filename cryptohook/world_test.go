@@ -208,6 +208,7 @@ type wantedKey struct {
 // wantedEvent is a room event that the receiver's handlers have to see.
 type wantedEvent struct {
 	EventID id.EventID
+	Sender  id.UserID
 	Body    string
 	Code    Code
 }
@@ -351,7 +352,7 @@ func (s *story) tell(from ...*peer) {
 		s.keys = append(s.keys, wantedKey{storyRoom, session.id(), p.senderKey(), string(exported), state})
 		s.written++
 		text := fmt.Sprintf("message %d", s.written)
-		s.events = append(s.events, wantedEvent{id.EventID(fmt.Sprintf("$event%d", s.written)), text, code})
+		s.events = append(s.events, wantedEvent{id.EventID(fmt.Sprintf("$event%d", s.written)), p.owner.userID, text, code})
 		timeline = append(timeline, object{
 			"type": "m.room.encrypted", "event_id": fmt.Sprintf("$event%d", s.written), "sender": p.owner.userID.String(),
 			"origin_server_ts": 1_700_000_000_000 + s.written, "content": session.message(text),
@@ -579,7 +580,7 @@ func (r *receiver) handleAll(ctx context.Context) error {
 func (r *receiver) onEvent(handle func(seen wantedEvent)) {
 	handler := func(_ context.Context, evt *event.Event) {
 		verdict, _ := VerdictOf(evt)
-		seen := wantedEvent{EventID: evt.ID, Code: verdict.Code}
+		seen := wantedEvent{EventID: evt.ID, Sender: evt.Sender, Code: verdict.Code}
 		if message, ok := evt.Content.Parsed.(*event.MessageEventContent); ok {
 			seen.Body = message.Body
 		}
@@ -589,26 +590,28 @@ func (r *receiver) onEvent(handle func(seen wantedEvent)) {
 	r.syncer.OnEventType(event.EventEncrypted, handler)
 }
 
-// checkHandled compares what handlers saw with the story: everything, at least once, always the same, and in order.
+// checkHandled compares what handlers saw with the story: everything, at least once, always the same, and each sender's in order.
 func (s *story) checkHandled(seen []wantedEvent) error {
 	var faults []error
 	first := make(map[id.EventID]wantedEvent)
-	var order []id.EventID
+	order := make(map[id.UserID][]id.EventID)
 	for _, event := range seen {
 		known, again := first[event.EventID]
 		if !again {
 			first[event.EventID] = event
-			order = append(order, event.EventID)
+			order[event.Sender] = append(order[event.Sender], event.EventID)
 		} else if known != event {
 			faults = append(faults, fmt.Errorf("a handler saw %+v, and then %+v", known, event))
 		}
 	}
-	for i, want := range s.events {
-		if got := first[want.EventID]; got != want {
+	for _, want := range s.events {
+		got, ofSender := first[want.EventID], order[want.Sender]
+		if got != want {
 			faults = append(faults, fmt.Errorf("a handler saw %+v, want %+v", got, want))
-		} else if i < len(order) && order[i] != want.EventID {
-			faults = append(faults, fmt.Errorf("a handler saw %s in the place of %s", order[i], want.EventID))
+		} else if len(ofSender) > 0 && ofSender[0] != want.EventID {
+			faults = append(faults, fmt.Errorf("a handler saw %s in the place of %s", ofSender[0], want.EventID))
 		}
+		order[want.Sender] = ofSender[min(1, len(ofSender)):]
 	}
 	return errors.Join(faults...)
 }

@@ -60,7 +60,7 @@ func (a *accountWorld) run(t *testing.T, arguments ...string) (exitCode int, std
 	cmd.Stderr = &complaints
 	stdout := must(cmd.StdoutPipe())(t)
 	ok(t, cmd.Start())
-	log := must(io.ReadAll(&untilReady{stdout, cancel}))(t)
+	log := must(io.ReadAll(&untilReady{Reader: stdout, stop: cancel}))(t)
 	err := cmd.Wait()
 	var exited *exec.ExitError
 	if err != nil && !errors.As(err, &exited) && !errors.Is(err, context.Canceled) {
@@ -78,13 +78,17 @@ func (a *accountWorld) run(t *testing.T, arguments ...string) (exitCode int, std
 type untilReady struct {
 	io.Reader
 	stop func()
+	// tail is the end of what was read: the message may come in two parts.
+	tail []byte
 }
 
 func (u *untilReady) Read(p []byte) (int, error) {
 	n, err := u.Reader.Read(p)
-	if bytes.Contains(p[:n], []byte(botproc.ReadyMessage)) {
+	u.tail = append(u.tail, p[:n]...)
+	if bytes.Contains(u.tail, []byte(botproc.ReadyMessage)) {
 		u.stop()
 	}
+	u.tail = u.tail[max(0, len(u.tail)-len(botproc.ReadyMessage)):]
 	return n, err
 }
 

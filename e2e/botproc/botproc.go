@@ -25,6 +25,8 @@ const (
 	ReadyMessage = "Bot is ready"
 	// StandByMessage is what it logs when another process has its database.
 	StandByMessage = "standing by until it is gone"
+	// testLimit is more than any test but those of the limits comes to.
+	testLimit = 100_000
 	// mostLogMegabytes is more than any test lets a bot log: nothing of it is to be thrown away.
 	mostLogMegabytes = 100_000
 )
@@ -119,7 +121,9 @@ func newBot(options Options) (*Bot, error) {
 		"database":   Config{"type": "sqlite3-fk-wal-fullsync", "uri": "file:" + bot.DBPath() + "?_txlock=immediate"},
 		"encryption": Config{"pickle_key": "generate"},
 		"invites":    Config{"allow": []string{"@*:localhost"}},
-		"logging":    Config{"min_level": "trace", "writers": []Config{{"type": "stdout", "format": "json"}}},
+		// The people of the tests write and invite much faster than people do.
+		"limits":  Config{"answers_per_sender": testLimit, "answers_per_room": testLimit, "invites_per_sender": testLimit, "invites": testLimit},
+		"logging": Config{"min_level": "trace", "writers": []Config{{"type": "stdout", "format": "json"}}},
 	}
 	if options.LogFile != "" {
 		config["logging"] = Config{"min_level": "trace", "writers": []Config{

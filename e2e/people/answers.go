@@ -60,12 +60,21 @@ type Notice struct {
 func (p *Person) Notices(roomID id.RoomID) (notices []Notice) {
 	p.seenLock.Lock()
 	defer p.seenLock.Unlock()
-	for _, notice := range p.seen.notices {
+	return p.seen.noticesIn(roomID)
+}
+
+func (s *seen) noticesIn(roomID id.RoomID) (notices []Notice) {
+	for _, notice := range s.notices {
 		if notice.RoomID == roomID {
 			notices = append(notices, notice)
 		}
 	}
 	return notices
+}
+
+// WaitForNotices waits until the notices in a room are as the caller wants them.
+func (p *Person) WaitForNotices(ctx context.Context, roomID id.RoomID, wanted func([]Notice) bool) error {
+	return p.wait(ctx, "notices in "+roomID.String(), func(s *seen) bool { return wanted(s.noticesIn(roomID)) })
 }
 
 // WaitForNotice waits until there is a notice in the room, and gives the first.
