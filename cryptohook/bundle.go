@@ -480,6 +480,6 @@ func (h *Hook) Invitations(ctx context.Context) ([]Invitation, error) {
 		return nil, fmt.Errorf("failed to read who has invited us: %w", err)
 	}
 	return slices.DeleteFunc(all, func(i Invitation) bool {
-		return !h.client.StateStore.IsInvited(ctx, i.RoomID, h.client.UserID)
+		return !h.client.StateStore.IsMembership(ctx, i.RoomID, h.client.UserID, event.MembershipInvite)
 	}), nil
 }

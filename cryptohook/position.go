@@ -58,10 +58,7 @@ func (s *syncer) losePosition(err error) {
 
 // stageAllOutdated has everybody's devices looked up again: their changes since the lost position are not told any more.
 func (h *Hook) stageAllOutdated() {
-	h.uow.stage(func(ctx context.Context) error {
-		_, err := h.store.Exec(ctx, outdateAllQuery)
-		return err
-	})
+	h.uow.stage(h.store.markAllOutdated)
 }
 
 func (h *Hook) askAllOutdated(ctx context.Context) {
@@ -73,7 +70,6 @@ func (h *Hook) askAllOutdated(ctx context.Context) {
 }
 
 const (
-	outdateAllQuery    = `UPDATE crypto_tracked_user SET devices_outdated=true`
 	isKnownQuery       = `SELECT true FROM sendertrust_inbox WHERE event_id=$1`
 	newestEventQuery   = `SELECT MAX(received_at_ms) FROM sendertrust_inbox`
 	insertHistoryQuery = `

@@ -39,6 +39,7 @@ var everyQuery = map[string]string{
 	"getBundlesQuery": getBundlesQuery, "deleteBundleQuery": deleteBundleQuery, "pruneBundlesQuery": pruneBundlesQuery,
 	"upsertInviteQuery": upsertInviteQuery, "getInviterQuery": getInviterQuery, "getInvitesQuery": getInvitesQuery, "pruneInvitesQuery": pruneInvitesQuery,
 	"getSourceUserQuery": getSourceUserQuery,
+	"isKnownQuery":       isKnownQuery, "newestEventQuery": newestEventQuery, "insertHistoryQuery": insertHistoryQuery, "hastenQuery": hastenQuery,
 	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "getMessageIndexQuery": getMessageIndexQuery,
 	"insertMessageIndexQuery": insertMessageIndexQuery,
 	"getOwnPicklesQuery":      getOwnPicklesQuery, "getSomePicklesQuery": getSomePicklesQuery, "getSecretQuery": getSecretQuery,
