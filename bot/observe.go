@@ -116,6 +116,7 @@ var (
 	syncAgeDesc        = describe("sync_age_seconds", "How long ago the last news from the homeserver were taken in.")
 	readyDesc          = describe("ready", "1 while the bot is connected to the homeserver, as /ready says.")
 	pendingInvitesDesc = describe("pending_invites", "Invitations that are to be accepted.")
+	ownIdentityDesc    = describe("own_identity", "1 for what the homeserver shows of the bot's own device and identity; anything but fine stops the answers.", "state")
 )
 
 // Describe implements [prometheus.Collector].
@@ -123,7 +124,7 @@ func (m *metrics) Describe(descs chan<- *prometheus.Desc) {
 	for _, metric := range hookMetrics {
 		descs <- metric.desc
 	}
-	for _, desc := range []*prometheus.Desc{hookLimitsDesc, syncAgeDesc, readyDesc, pendingInvitesDesc} {
+	for _, desc := range []*prometheus.Desc{hookLimitsDesc, syncAgeDesc, readyDesc, pendingInvitesDesc, ownIdentityDesc} {
 		descs <- desc
 	}
 }
@@ -142,6 +143,7 @@ func (m *metrics) Collect(values chan<- prometheus.Metric) {
 	if hook == nil {
 		return
 	}
+	values <- prometheus.MustNewConstMetric(ownIdentityDesc, prometheus.GaugeValue, 1, string(hook.OwnIdentity().State))
 	stats := hook.Stats()
 	for _, metric := range hookMetrics {
 		values <- prometheus.MustNewConstMetric(metric.desc, metric.kind, metric.value(&stats))

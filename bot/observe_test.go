@@ -169,3 +169,11 @@ func TestAnswersAreCountedByTheirCode(t *testing.T) {
 		t.Errorf("%v answers are counted", answers())
 	}
 }
+
+func TestOwnIdentityIsSeenFromOutside(t *testing.T) {
+	m := newMetrics()
+	m.observe(observedHook(t, true), nil)
+	if value := counterValue(t, m, `sendertrust_own_identity{state="unknown"}`); value != 1 {
+		t.Errorf("it is %v", value)
+	}
+}
