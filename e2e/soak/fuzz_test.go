@@ -34,7 +34,7 @@ func TestFuzzTargets(t *testing.T) {
 				atOnce <- struct{}{}
 				defer func() { <-atOnce }()
 				r := result{part: "fuzz", what: target, note: "tries are inputs"}
-				cmd := goTest(t, w.root, "-run", "^$", "-fuzz", "^"+target+"$", "-fuzztime", fuzzTime.String(), "-parallel", "1", packagePath)
+				cmd := goTest(t, w.root, "-run", "^$", "-fuzz", "^"+target+"$", "-fuzztime", fuzzTime.String(), "-fuzzminimizetime", "20x", "-parallel", "1", packagePath)
 				output, err := cmd.CombinedOutput()
 				if runs := executions.FindAllSubmatch(output, -1); len(runs) > 0 {
 					r.tries = must(strconv.Atoi(string(runs[len(runs)-1][1])))(t)

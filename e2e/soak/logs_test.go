@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"time"
 
 	"sendertrust/e2e/secrets"
@@ -38,16 +39,25 @@ func (w *world) checkLogs() error {
 	var searched int64
 	for i, bot := range w.bots {
 		faults = append(faults, bot.CheckLog(mark, password))
-		hits, err := set.ScanFile(w.logs[i])
+		// Each run of a bot has a file of its own there.
+		folder := filepath.Dir(w.logs[i])
+		hits, err := set.ScanFolder(folder)
 		faults = append(faults, err)
 		for _, hit := range hits {
 			faults = append(faults, errors.New(hit.String()))
 		}
-		if info, err := os.Stat(w.logs[i]); err == nil {
-			searched += info.Size()
+		files, err := filepath.Glob(filepath.Join(folder, "*.log"))
+		faults = append(faults, err)
+		for _, file := range files {
+			if info, err := os.Stat(file); err == nil {
+				searched += info.Size()
+			}
 		}
 	}
 	fmt.Printf("searched the logs of %d bots, %d MiB, for %d secrets: %d of Megolm, %d of Olm, %d one-time keys, and the others\n", len(w.bots),
 		searched>>20, set.Len(), set.Count(secrets.MegolmSession), set.Count(secrets.OlmSession), set.Count(secrets.OneTimeKey))
+	if searched == 0 {
+		faults = append(faults, errors.New("the bots have written no logs: nothing was searched"))
+	}
 	return errors.Join(faults...)
 }
