@@ -206,6 +206,12 @@ func (w *world) newElement(t *testing.T, name string) *element.Client {
 // newRoom makes an encrypted room of the host's with the others in it. Sessions in it are soon replaced.
 func (w *world) newRoom(t *testing.T, host *people.Person, guests ...id.UserID) id.RoomID {
 	t.Helper()
+	return w.newRoomRotating(t, rotation, host, guests...)
+}
+
+// newRoomRotating is [world.newRoom] with a session for each so many messages.
+func (w *world) newRoomRotating(t *testing.T, rotation int, host *people.Person, guests ...id.UserID) id.RoomID {
+	t.Helper()
 	ctx := within(t, patience)
 	created := must(host.Client.CreateRoom(ctx, &mautrix.ReqCreateRoom{
 		Preset: "private_chat", Invite: guests,
