@@ -19,9 +19,9 @@ import (
 
 const (
 	// mostRequests is how many requests a bot may make within a second while all of them fail: it must not beat on a server that is down.
-	mostRequests = 25
-	// refusals are how many requests fail in a row while a homeserver is down.
-	refusals = 5
+	mostRequests = 10
+	// refusals are how many requests fail in a row when a homeserver is down for a moment, and longRefusals when it is for a while.
+	refusals, longRefusals = 3, 4
 )
 
 // silence is how long a connection says nothing before it is closed.
@@ -189,7 +189,6 @@ func TestFaults(t *testing.T) {
 // playFault brings a fault about again and again while somebody talks, each time waiting until the bot has answered all the same.
 func playFault(t *testing.T, w *world, strike func(*faulty, int) *proxy.Hook, tries int) (r result) {
 	f := newFaulty(t, w)
-	begun := time.Now()
 	for n := range tries {
 		hook := strike(f, n)
 		f.say()
@@ -203,12 +202,26 @@ func playFault(t *testing.T, w *world, strike func(*faulty, int) *proxy.Hook, tr
 	}
 	f.ledger.settle(within(t, patience), t, f.bot.UserID, func(*people.Person) string { return "unverified_identity" })
 	f.ledger.count(t, f.bot.UserID, &r)
-	if most := f.MostWithin(time.Second, begun, proxy.Sync); most > mostRequests {
-		t.Errorf("%d requests for news within a second", most)
-	}
 	if !f.bot.Running() {
 		t.Errorf("the bot has ended, with code %d", f.bot.ExitCode())
 	}
 	r.peak, _ = f.bot.PeakRSS()
 	return r
+}
+
+// While everything fails, the bot asks again with growing pauses.
+func TestServerThatIsDownIsNotBeatenOn(t *testing.T) {
+	t.Parallel()
+	f := newFaulty(t, theWorld(t))
+	begun := time.Now()
+	down := f.refuse(proxy.Anything, longRefusals, func() *proxy.Answer { return proxy.Page(503) })
+	f.say()
+	ok(t, down.Wait(within(t, patience), longRefusals))
+	if most := f.MostWithin(time.Second, begun, proxy.Anything); most > mostRequests {
+		t.Errorf("%d requests within a second", most)
+	}
+	f.ledger.await(within(t, patience), f.bot.UserID)
+	r := result{part: "faults", what: "server down for a while", tries: 1}
+	f.ledger.count(t, f.bot.UserID, &r)
+	check(t, r)
 }
