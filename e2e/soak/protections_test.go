@@ -34,7 +34,7 @@ var protections = map[string]protection{
 	// The sync token is durable before what came with it is, as mautrix has it.
 	"token": {
 		file:    "cryptohook/sync.go",
-		with:    "func (tokenStore) SaveNextBatch(context.Context, id.UserID, string) error  { return nil }",
+		with:    "func (tokenStore) SaveNextBatch(context.Context, id.UserID, string) error { return nil }",
 		without: "func (t tokenStore) SaveNextBatch(ctx context.Context, _ id.UserID, token string) error { return t.hook.uow.SQLCryptoStore.PutNextBatch(ctx, token) }",
 		points:  []string{"received", "begun", "written"}, deaths: 4,
 	},
