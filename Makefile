@@ -50,7 +50,7 @@ mutation: ## break the code of trust in every small way, one at a time, and see 
 		-timeout 1m -run '$(MUTATION)' -then . -skip '$(TOO_SLOW)'
 
 .PHONY: soak
-soak: ## everything goes wrong at once for 20 minutes, and nothing may be lost or doubled; docs/reliability.md has the table
+soak: ## everything goes wrong for half an hour, and nothing may be lost or doubled; docs/reliability.md has the table
 	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) test -tags $(TAGS) -count 1 -timeout 45m -v ./e2e/soak -full
 
