@@ -6,7 +6,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"sendertrust/e2e/botproc"
 )
@@ -76,7 +75,7 @@ func TestKillsNoticeWhenAProtectionIsMissing(t *testing.T) {
 			t.Parallel()
 			binary := w.buildWithout(t, name)
 			c := newCrowd(t, w, false)
-			c.patience = 15 * time.Second
+			c.patience = lostPatience
 			pin := c.pin()
 			v := &victim{name: "without the " + name, Bot: w.newBot(t, botOptions{binary: binary, configure: func(config botproc.Config) {
 				pin(config)
