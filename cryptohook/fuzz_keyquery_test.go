@@ -48,7 +48,7 @@ func (r *fuzzRun) ask(answer []byte) {
 	}
 	number := r.hook.questions.begin()
 	defer r.hook.questions.end()
-	if err = r.hook.observeKeyQuery(req, number, answer); err != nil {
+	if _, err = r.hook.observeKeyQuery(req, number, answer); err != nil {
 		r.t.Fatalf("an answer cannot be stored, and would be asked for again and again: %v", err)
 	}
 }

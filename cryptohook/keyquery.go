@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"slices"
+	"strings"
 	"sync"
 
 	"github.com/rs/zerolog"
@@ -84,51 +86,74 @@ func questionIn(req *http.Request) (*mautrix.ReqQueryKeys, error) {
 	return &asked, nil
 }
 
+// userFields are the fields of an answer that are by user.
+var userFields = []string{"device_keys", "master_keys", "self_signing_keys", "user_signing_keys"}
+
+// hasUnasked says that somebody is in the answer whom the query did not ask about.
+func (k *keyQuery) hasUnasked(asked *mautrix.ReqQueryKeys) bool {
+	return anybodyElse(k.DeviceKeys, asked) || anybodyElse(k.MasterKeys, asked) ||
+		anybodyElse(k.SelfSigningKeys, asked) || anybodyElse(k.UserSigningKeys, asked)
+}
+
+func anybodyElse[V any](users map[id.UserID]V, asked *mautrix.ReqQueryKeys) bool {
+	for userID := range users {
+		if _, wanted := asked.DeviceKeys[userID]; !wanted {
+			return true
+		}
+	}
+	return false
+}
+
 // withoutUnasked leaves those out of an answer whom the query did not ask about. mautrix would take them in: a server could have us
 // encrypt to other devices of a user than those that we asked for.
-func withoutUnasked(req *http.Request, body []byte) ([]byte, error) {
+func withoutUnasked(asked *mautrix.ReqQueryKeys, body []byte) ([]byte, error) {
 	var answer map[string]json.RawMessage
-	asked, err := questionIn(req)
-	if err != nil || asked == nil || json.Unmarshal(body, &answer) != nil {
-		return body, err
+	if err := json.Unmarshal(body, &answer); err != nil {
+		return nil, err
 	}
-	changed := false
-	for _, field := range []string{"device_keys", "master_keys", "self_signing_keys", "user_signing_keys"} {
-		var users map[id.UserID]json.RawMessage
-		if json.Unmarshal(answer[field], &users) != nil {
+	for field, value := range answer {
+		if !slices.ContainsFunc(userFields, func(name string) bool { return strings.EqualFold(name, field) }) { // as encoding/json finds it
 			continue
 		}
-		all := len(users)
+		var users map[id.UserID]json.RawMessage
+		if err := json.Unmarshal(value, &users); err != nil {
+			return nil, err
+		}
 		maps.DeleteFunc(users, func(userID id.UserID, _ json.RawMessage) bool {
 			_, wanted := asked.DeviceKeys[userID]
 			return !wanted
 		})
-		if len(users) == all {
-			continue
-		}
-		if answer[field], err = json.Marshal(users); err != nil {
+		left, err := json.Marshal(users)
+		if err != nil {
 			return nil, err
 		}
-		changed = true
+		answer[field] = left
 	}
-	if !changed {
-		return body, nil
-	}
-	zerolog.Ctx(req.Context()).Warn().Msg("Leaving out of a key query's answer whom nobody has asked about")
 	return json.Marshal(answer)
 }
 
-// observeKeyQuery stores what a /keys/query answer proves, before mautrix sees it. Users that were not asked about are
-// ignored. An unreadable answer is left to mautrix to complain about.
-func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) error {
+// observeKeyQuery stores what a /keys/query answer proves, and gives what mautrix is to see of it. Users that were not asked about are
+// left out. An unreadable answer is left to mautrix to complain about.
+func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (forMautrix []byte, err error) {
 	ctx := req.Context()
 	asked, err := questionIn(req)
 	if err != nil || asked == nil {
-		return err
+		return body, err
 	}
 	var answer keyQuery
-	if err = json.Unmarshal(body, &answer); err != nil {
-		return nil
+	if json.Unmarshal(body, &answer) != nil {
+		return body, nil
+	}
+	if answer.hasUnasked(asked) {
+		zerolog.Ctx(ctx).Warn().Msg("Leaving out of a key query's answer whom nobody has asked about")
+		if body, err = withoutUnasked(asked, body); err != nil {
+			return nil, fmt.Errorf("failed to leave out whom nobody has asked about: %w", err)
+		}
+		// Of a field that is there twice mautrix is now to see the same as we.
+		answer = keyQuery{}
+		if err = json.Unmarshal(body, &answer); err != nil {
+			return nil, fmt.Errorf("failed to read what is left of an answer: %w", err)
+		}
 	}
 	h.observeOwn(asked, number, &answer)
 	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
@@ -146,13 +171,13 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) er
 		return nil
 	})
 	if err != nil {
-		return fmt.Errorf("failed to store the keys that users publish: %w", err)
+		return nil, fmt.Errorf("failed to store the keys that users publish: %w", err)
 	}
 	faultpoint.Reach("learnt")
 	h.resolver.judgeAgain(answered)
 	h.bundles.signal()
 	h.changed(Change{Users: answered})
-	return nil
+	return body, nil
 }
 
 // storePublished stores one user's devices and identity, and judges the user's proven sessions by them. complete says that all

@@ -358,26 +358,37 @@ func TestHadIdentityRemembersWhatTheServerHides(t *testing.T) {
 	}
 }
 
-// mautrix takes in whoever is in an answer, so nobody may be in it who was not asked about.
+// mautrix takes in whoever is in an answer, so nobody may be in it who was not asked about; nor under a name in another case, which
+// encoding/json takes for the same.
 func TestAnswerAboutUnaskedUsersDoesNotReachMautrix(t *testing.T) {
-	w, alice, _ := twoPeople(t)
-	w.know(alice.owner)
-	other := newActor("@alice:test")
-	w.publishes(func(a ownAnswer) {
-		a.answer["device_keys"].(object)["@alice:test"] = object{}
-		a.answer["master_keys"].(object)["@alice:test"] = other.masterObject()
-	})
-	if _, err := w.hook.mach.FetchKeys(w.ctx, []id.UserID{w.bot.userID}, true); err != nil {
-		t.Fatal(err)
-	}
-	devices := must(w.hook.mach.CryptoStore.GetDevices(w.ctx, "@alice:test"))
-	if device := devices["ALICE"]; len(devices) != 1 || device.IdentityKey != alice.account.IdentityKey() {
-		t.Errorf("mautrix has the devices %v", devices)
-	}
-	if keys := must(w.hook.mach.CryptoStore.GetCrossSigningKeys(w.ctx, "@alice:test")); keys[id.XSUsageMaster].Key != alice.owner.masterKey() {
-		t.Errorf("mautrix has the keys %v", keys)
-	}
-	if own := must(w.hook.mach.CryptoStore.GetDevices(w.ctx, w.bot.userID)); len(own) != 1 {
-		t.Errorf("who was asked about is left out: %v", own)
+	for name, hide := range map[string]func(a ownAnswer, other *actor){
+		"among those asked about": func(a ownAnswer, other *actor) {
+			a.answer["device_keys"].(object)["@alice:test"] = object{}
+			a.answer["master_keys"].(object)["@alice:test"] = other.masterObject()
+		},
+		"under names in capitals": func(a ownAnswer, other *actor) {
+			a.answer["Device_Keys"] = object{"@alice:test": object{}}
+			a.answer["MASTER_KEYS"] = object{"@alice:test": other.masterObject()}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w, alice, _ := twoPeople(t)
+			w.know(alice.owner)
+			other := newActor("@alice:test")
+			w.publishes(func(a ownAnswer) { hide(a, other) })
+			if _, err := w.hook.mach.FetchKeys(w.ctx, []id.UserID{w.bot.userID}, true); err != nil {
+				t.Fatal(err)
+			}
+			devices := must(w.hook.mach.CryptoStore.GetDevices(w.ctx, "@alice:test"))
+			if device := devices["ALICE"]; len(devices) != 1 || device.IdentityKey != alice.account.IdentityKey() {
+				t.Errorf("mautrix has the devices %v", devices)
+			}
+			if keys := must(w.hook.mach.CryptoStore.GetCrossSigningKeys(w.ctx, "@alice:test")); keys[id.XSUsageMaster].Key != alice.owner.masterKey() {
+				t.Errorf("mautrix has the keys %v", keys)
+			}
+			if own := must(w.hook.mach.CryptoStore.GetDevices(w.ctx, w.bot.userID)); len(own) != 1 {
+				t.Errorf("who was asked about is left out: %v", own)
+			}
+		})
 	}
 }

@@ -59,13 +59,7 @@ func (t *transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	switch {
 	case keyQuery:
-		return replaceBody(resp, func(body []byte) ([]byte, error) {
-			body, err := withoutUnasked(req, body)
-			if err != nil {
-				return nil, err
-			}
-			return body, t.hook.observeKeyQuery(req, number, body)
-		})
+		return replaceBody(resp, func(body []byte) ([]byte, error) { return t.hook.observeKeyQuery(req, number, body) })
 	case strings.HasSuffix(path, "/sync") && t.lenientSync.Swap(false):
 		return replaceBody(resp, func(body []byte) ([]byte, error) { return dropMalformedEvents(req.Context(), body) })
 	}
