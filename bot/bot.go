@@ -156,6 +156,14 @@ func (b *Bot) work(ctx context.Context) error {
 	return err
 }
 
+// notify wakes whoever waits for something to do.
+func notify(wake chan struct{}) {
+	select {
+	case wake <- struct{}{}:
+	default:
+	}
+}
+
 // tokenRefused words what it means when the homeserver no longer knows the token: it has expired, or somebody has logged the device out,
 // which deletes it and its keys.
 //

@@ -117,15 +117,8 @@ func (i *invitations) add(invitation cryptohook.Invitation) bool {
 	}
 	i.pending++
 	who.pending = append(who.pending, &pendingInvitation{Invitation: invitation})
-	i.signal()
+	notify(i.wake)
 	return true
-}
-
-func (i *invitations) signal() {
-	select {
-	case i.wake <- struct{}{}:
-	default:
-	}
 }
 
 func (i *invitations) length() int {
@@ -211,11 +204,6 @@ func later(a, b time.Time) time.Time {
 	return b
 }
 
-// within drops the times that are longer ago than the period.
-func within(times []time.Time, now time.Time, period time.Duration) []time.Time {
-	return slices.DeleteFunc(times, func(at time.Time) bool { return now.Sub(at) >= period })
-}
-
 // forget drops the inviters of whom there is nothing to remember.
 func (i *invitations) forget(now time.Time) {
 	i.inviters = slices.DeleteFunc(i.inviters, func(who *inviter) bool {
@@ -235,7 +223,7 @@ func (i *invitations) accept(ctx context.Context, who *inviter, next *pendingInv
 	defer i.mu.Unlock()
 	i.joining--
 	who.busy = false
-	i.signal()
+	notify(i.wake)
 	if !done && next.tries < joinRetries {
 		next.next = i.clock().Add(joinBackoff << next.tries)
 		next.tries++

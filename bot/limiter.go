@@ -27,7 +27,7 @@ type rate struct {
 // exceeds notes that it happens once more, and says whether that is too often: more than so many times in a minute, and then until it is
 // no more than half of that.
 func (r *rate) exceeds(now time.Time, most int) bool {
-	r.times = append(slices.DeleteFunc(r.times, func(at time.Time) bool { return now.Sub(at) >= ratePeriod }), now)
+	r.times = append(within(r.times, now, ratePeriod), now)
 	if len(r.times) > most+1 {
 		r.times = slices.Delete(r.times, 0, len(r.times)-most-1)
 	}
@@ -36,6 +36,11 @@ func (r *rate) exceeds(now time.Time, most int) bool {
 	}
 	r.exceeded = len(r.times) > most
 	return r.exceeded
+}
+
+// within drops the times that are longer ago than the period.
+func within(times []time.Time, now time.Time, period time.Duration) []time.Time {
+	return slices.DeleteFunc(times, func(at time.Time) bool { return now.Sub(at) >= period })
 }
 
 // idle says that it has not happened within the last minute.

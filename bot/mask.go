@@ -77,11 +77,14 @@ func (w maskWriter) WriteLevel(level zerolog.Level, line []byte) (int, error) {
 }
 
 func (w maskWriter) written(line []byte, write func([]byte) (int, error)) (int, error) {
-	if w.mask == nil || w.mask.replacer.Load() == nil {
+	if w.mask == nil {
 		return write(line)
 	}
-	masked := w.mask.replacer.Load().Replace(string(line))
-	if _, err := write([]byte(masked)); err != nil {
+	replacer := w.mask.replacer.Load()
+	if replacer == nil {
+		return write(line)
+	}
+	if _, err := write([]byte(replacer.Replace(string(line)))); err != nil {
 		return 0, err
 	}
 	return len(line), nil

@@ -87,10 +87,7 @@ func (r *reviser) changed(change cryptohook.Change) {
 		r.sessions[sessionID] = struct{}{}
 	}
 	r.mu.Unlock()
-	select {
-	case r.wake <- struct{}{}:
-	default:
-	}
+	notify(r.wake)
 }
 
 // run corrects answers until the context ends. It begins with all of them, for what changed while no process was there.
@@ -316,7 +313,7 @@ func (r *reviser) editDue(ctx context.Context) error {
 // mayEdit counts an edit in a room, or says that there were enough for now.
 func (r *reviser) mayEdit(roomID id.RoomID) bool {
 	now := r.clock()
-	recent := slices.DeleteFunc(r.edited[roomID], func(at time.Time) bool { return now.Sub(at) >= editPause })
+	recent := within(r.edited[roomID], now, editPause)
 	if len(recent) >= r.editsPerRoom {
 		r.edited[roomID] = recent
 		r.metrics.reached(limitEditsPerRoom)

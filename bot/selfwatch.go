@@ -88,10 +88,7 @@ func (w *selfWatch) changed(own cryptohook.OwnIdentity) {
 		w.trust = make(chan struct{})
 	}
 	w.mu.Unlock()
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
+	notify(w.wake)
 }
 
 // hold waits while the bot may not answer. It says whether it had to, and no when the context ended. Nil never holds.

@@ -32,11 +32,19 @@ func Patiently(ctx context.Context, db *dbutil.Database, fn func() error) error 
 			return err
 		}
 		zerolog.Ctx(ctx).Warn().Err(err).Dur("retry_in", wait).Msg("The database fails, trying again")
-		select {
-		case <-ctx.Done():
+		if await(ctx, wait) != nil {
 			return err
-		case <-time.After(wait):
 		}
+	}
+}
+
+// await waits before something is tried again. An error is the context's end.
+func await(ctx context.Context, wait time.Duration) error {
+	select {
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-time.After(wait):
+		return nil
 	}
 }
 

@@ -125,16 +125,6 @@ func (h *Hook) afterKnown(ctx context.Context, timeline []*event.Event) (missed 
 	return nil, len(timeline) > 0, nil
 }
 
-// await waits before something is tried again.
-func await(ctx context.Context, wait time.Duration) error {
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-time.After(wait):
-		return nil
-	}
-}
-
 // messages gives a page of a room's events. It tries until the homeserver gives it, or refuses it for good; an error of the token or the
 // context is returned at once.
 func (h *Hook) messages(ctx context.Context, roomID id.RoomID, from, to string) (*mautrix.RespMessages, error) {

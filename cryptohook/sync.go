@@ -127,16 +127,14 @@ func (s *syncer) ProcessResponse(ctx context.Context, resp *mautrix.RespSync, si
 // commit tries until the unit of work is durable. Only the end of the context, a broken unit of work, or the loss of the database is
 // an error.
 func (h *Hook) commit(ctx context.Context) error {
-	for wait := 50 * time.Millisecond; ; wait = min(2*wait, 5*time.Second) {
+	for wait := firstStorageRetry; ; wait = min(2*wait, maxStorageRetry) {
 		err := h.uow.flush(ctx)
 		if err == nil || errors.Is(err, ErrUnitOfWorkBroken) || errors.Is(err, ErrNotOwner) {
 			return err
 		}
 		h.log.Err(err).Msg("Failed to store what the server sent, trying again; nothing is lost")
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(wait):
+		if err = await(ctx, wait); err != nil {
+			return err
 		}
 	}
 }
