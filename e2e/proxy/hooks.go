@@ -13,7 +13,7 @@ import (
 	"time"
 )
 
-// Request is what the program asks for. A change to it is not passed on.
+// Request is what the program asks for. Of a change to it, only that to the URL's query is passed on.
 type Request struct {
 	*http.Request
 	// Body is the whole body.
@@ -91,8 +91,9 @@ type Hook struct {
 	answer  func(*Request, *Answer) bool
 	times   int
 
-	mu   sync.Mutex
-	used int
+	mu      sync.Mutex
+	removed bool
+	used    int
 	// more is closed, and replaced, each time the hook is used.
 	more chan struct{}
 }
@@ -103,8 +104,8 @@ func (p *Proxy) OnRequest(pattern string, times int, hook func(*Request) *Answer
 	return p.add(&Hook{match: matching(pattern), request: hook, times: times})
 }
 
-// OnAnswer has the hook see the homeserver's answers to the requests of the pattern, and change them as it likes. It says whether it did;
-// otherwise it does not count. After so many times it is passed over; 0: never.
+// OnAnswer has the hook see the homeserver's answers to the requests of the pattern, and change them as it likes: from now on, also those to
+// requests that were made before. It says whether it did; otherwise it does not count. After so many times it is passed over; 0: never.
 func (p *Proxy) OnAnswer(pattern string, times int, hook func(*Request, *Answer) bool) *Hook {
 	return p.add(&Hook{match: matching(pattern), answer: hook, times: times})
 }
@@ -154,8 +155,11 @@ func (p *Proxy) hooksFor(r *http.Request) (matching []*Hook) {
 	return matching
 }
 
-// Remove takes the hook away. An answer that is in it comes out of it.
+// Remove takes the hook away: when it returns, nothing passes through it any more.
 func (h *Hook) Remove() {
+	h.mu.Lock()
+	h.removed = true
+	h.mu.Unlock()
 	h.proxy.mu.Lock()
 	defer h.proxy.mu.Unlock()
 	h.proxy.hooks = slices.DeleteFunc(h.proxy.hooks, func(other *Hook) bool { return other == h })
@@ -185,11 +189,11 @@ func (h *Hook) Wait(ctx context.Context, times int) error {
 	}
 }
 
-// use calls the hook, unless it was used often enough, and counts if it did something.
+// use calls the hook, unless it was removed or used often enough, and counts if it did something.
 func (h *Hook) use(did func() bool) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.times > 0 && h.used >= h.times || !did() {
+	if h.removed || h.times > 0 && h.used >= h.times || !did() {
 		return
 	}
 	h.used++

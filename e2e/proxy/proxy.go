@@ -109,7 +109,6 @@ func (p *Proxy) MostWithin(window time.Duration, since time.Time, pattern string
 // passage is what is known of a request while it passes.
 type passage struct {
 	request *Request
-	hooks   []*Hook
 	fault   *Toxic
 }
 
@@ -124,8 +123,8 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.mu.Lock()
 	p.seen = append(p.seen, Sight{r.Method, r.URL.Path, time.Now()})
 	p.mu.Unlock()
-	passing := &passage{request: &Request{Request: r, Body: body}, hooks: p.hooksFor(r)}
-	if answer := passing.answered(); answer != nil {
+	passing := &passage{request: &Request{Request: r, Body: body}}
+	if answer := p.answered(passing.request); answer != nil {
 		p.give(w, passing, answer)
 	} else {
 		passedOn := r.WithContext(context.WithValue(r.Context(), passageKey{}, passing))
@@ -138,13 +137,13 @@ func (p *Proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // answered gives the answer of the first hook that has one.
-func (passing *passage) answered() (answer *Answer) {
-	for _, hook := range passing.hooks {
+func (p *Proxy) answered(request *Request) (answer *Answer) {
+	for _, hook := range p.hooksFor(request.Request) {
 		if hook.request == nil || answer != nil {
 			continue
 		}
 		hook.use(func() bool {
-			answer = hook.request(passing.request)
+			answer = hook.request(request)
 			return answer != nil
 		})
 	}
@@ -171,7 +170,7 @@ func (p *Proxy) changeResponse(resp *http.Response) error {
 		return err
 	}
 	answer := &Answer{Status: resp.StatusCode, Header: resp.Header, Body: body}
-	for _, hook := range passing.hooks {
+	for _, hook := range p.hooksFor(passing.request.Request) {
 		if hook.answer != nil {
 			hook.use(func() bool { return hook.answer(passing.request, answer) })
 		}

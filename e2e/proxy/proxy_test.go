@@ -23,13 +23,21 @@ const answerBytes = 10_000
 type stage struct {
 	*Proxy
 	asked atomic.Int64
+	// waiting is told of each request for slow, which is answered when answer is closed.
+	waiting, answer chan struct{}
 }
+
+const slow = "v3/slow"
 
 func newStage(t *testing.T) *stage {
 	t.Helper()
-	s := new(stage)
+	s := &stage{waiting: make(chan struct{}, 1), answer: make(chan struct{})}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
+		if r.URL.Path == clientAPI+slow {
+			s.waiting <- struct{}{}
+			<-s.answer
+		}
 		_ = json.NewEncoder(w).Encode(map[string]any{
 			"number": s.asked.Add(1), "path": r.URL.EscapedPath(), "query": r.URL.RawQuery, "request": string(body), "big": json.Number("9007199254740993"),
 			"padding": strings.Repeat("x", answerBytes),
@@ -187,6 +195,43 @@ func TestHooksAnswerChangeKeepAndReplay(t *testing.T) {
 	}
 	refuse.Remove()
 	must(s.ask(http.MethodPost, "v3/login", "refuse me"))(t)
+}
+
+// A /sync may wait for half a minute: what becomes of its answer is decided when that comes.
+func TestHooksCountFromTheMomentTheyAreThere(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	invent := func(what string) func(*Request, *Answer) bool {
+		return Edit(func(answer map[string]any) bool {
+			answer["invented"] = what
+			return true
+		})
+	}
+	early := s.OnAnswer("GET "+slow, 0, invent("early"))
+	answers := make(chan reply, 1)
+	go func() {
+		answer, _ := s.ask(http.MethodGet, slow, "")
+		answers <- answer
+	}()
+	<-s.waiting
+	late := s.OnAnswer("GET "+slow, 0, invent("late"))
+	early.Remove()
+	close(s.answer)
+	if answer := <-answers; answer.Invented != "late" || early.Used() != 0 || late.Used() != 1 {
+		t.Errorf("the answer is %q; the hooks were used %d and %d times", answer.Invented, early.Used(), late.Used())
+	}
+}
+
+func TestQueryThatAHookChangesIsPassedOn(t *testing.T) {
+	t.Parallel()
+	s := newStage(t)
+	s.OnRequest(Sync, 0, func(r *Request) *Answer {
+		r.URL.RawQuery = "timeout=5"
+		return nil
+	})
+	if answer := must(s.ask(http.MethodGet, "v3/sync?timeout=30000", ""))(t); answer.Query != "timeout=5" {
+		t.Errorf("the homeserver was asked for %q", answer.Query)
+	}
 }
 
 func TestAnswersAreRepeated(t *testing.T) {

@@ -17,8 +17,8 @@ import (
 var keyFields = []string{"device_keys", "master_keys", "self_signing_keys"}
 
 // editQuery has a hook change what key queries say of a person.
-func (s *scene) editQuery(person *people.Person, tell func(answer map[string]any)) *lie {
-	return s.inQueries(func(request *proxy.Request, answer *proxy.Answer) bool {
+func (s *scene) editQuery(person *people.Person, tell func(answer map[string]any)) *proxy.Hook {
+	return s.OnAnswer(proxy.KeysQuery, 0, func(request *proxy.Request, answer *proxy.Answer) bool {
 		return askedAbout(request, person) && proxy.Edit(func(answer map[string]any) bool {
 			tell(answer)
 			return true
@@ -88,7 +88,7 @@ func answerUnasked(t *testing.T, l *liar) {
 		"user_id": person.UserID, "usage": []string{string(id.XSUsageMaster)},
 		"keys": map[string]any{"ed25519:" + forged.PublicKey().String(): forged.PublicKey()},
 	}
-	told := s.inQueries(func(request *proxy.Request, answer *proxy.Answer) bool {
+	told := s.OnAnswer(proxy.KeysQuery, 0, func(request *proxy.Request, answer *proxy.Answer) bool {
 		return !askedAbout(request, person) && proxy.Edit(func(answer map[string]any) bool {
 			object(answer, "device_keys")[person.UserID.String()] = map[string]any{}
 			object(answer, "master_keys")[person.UserID.String()] = master
@@ -112,7 +112,7 @@ func hideChanges(t *testing.T, l *liar) {
 		person := <-l.pinned
 		s.enter(person)
 		s.hears(s.forNow(s.says(person, true, "verified"))...)
-		told := s.inSyncs(t, 0, func(sync map[string]any) bool {
+		told := s.OnAnswer(proxy.Sync, 0, proxy.Edit(func(sync map[string]any) bool {
 			lists := object(sync, "device_lists")
 			changed, _ := lists["changed"].([]any)
 			kept := make([]any, 0, len(changed))
@@ -123,7 +123,7 @@ func hideChanges(t *testing.T, l *liar) {
 			}
 			lists["changed"] = kept
 			return len(kept) < len(changed)
-		})
+		}))
 		s.tries++
 		thief := must(people.Login(within(t, patience), l.w.server.URL, person.UserID.String(), password, people.Options{}))(t)
 		t.Cleanup(thief.Close)
@@ -152,7 +152,7 @@ func rollBack(t *testing.T, l *liar) {
 	for range often(1, 3) {
 		person := <-l.pinned
 		kept := make(map[string]json.RawMessage)
-		keep := s.inQueries(func(request *proxy.Request, answer *proxy.Answer) bool {
+		keep := s.OnAnswer(proxy.KeysQuery, 0, func(request *proxy.Request, answer *proxy.Answer) bool {
 			var whole map[string]map[string]json.RawMessage
 			if !askedAbout(request, person) || json.Unmarshal(answer.Body, &whole) != nil {
 				return false

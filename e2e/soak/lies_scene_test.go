@@ -2,7 +2,6 @@ package soak
 
 import (
 	"slices"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -54,40 +53,11 @@ func newLiar(t *testing.T, w *world, pinned int) *liar {
 	return l
 }
 
-// lie is a hook that is over as soon as it is removed. The proxy's own goes on for requests that were made before.
-type lie struct {
-	*proxy.Hook
-	over atomic.Bool
-}
-
-func (l *lie) Remove() {
-	l.over.Store(true)
-	l.Hook.Remove()
-}
-
-// inQueries tells a lie in the answers to key queries.
-func (l *liar) inQueries(tell func(*proxy.Request, *proxy.Answer) bool) *lie {
-	told := new(lie)
-	told.Hook = l.OnAnswer(proxy.KeysQuery, 0, func(request *proxy.Request, answer *proxy.Answer) bool {
-		return !told.over.Load() && tell(request, answer)
-	})
-	return told
-}
-
-// inSyncs tells a lie in the answers of /sync: from now on, also where the bot was waiting for one already.
-func (l *liar) inSyncs(t *testing.T, times int, tell func(sync map[string]any) bool) *lie {
+// nudge has /sync bring something to the bot.
+func (l *liar) nudge(t *testing.T) {
 	t.Helper()
-	told := new(lie)
-	told.Hook = l.OnAnswer(proxy.Sync, times, proxy.Edit(func(sync map[string]any) bool { return !told.over.Load() && tell(sync) }))
-	begun := l.OnAnswer(proxy.Sync, 1, func(*proxy.Request, *proxy.Answer) bool { return true })
-	defer begun.Remove()
-	// The first brings an answer to whoever waits, the second to the next request.
-	for range 2 {
-		_, err := l.stranger.Client.SendStateEvent(within(t, patience), l.elsewhere, event.StateTopic, "", map[string]any{"topic": time.Now().String()})
-		ok(t, err)
-	}
-	ok(t, begun.Wait(within(t, patience), 1))
-	return told
+	_, err := l.stranger.Client.SendStateEvent(within(t, patience), l.elsewhere, event.StateTopic, "", map[string]any{"topic": time.Now().String()})
+	ok(t, err)
 }
 
 // scene is a room in which the homeserver lies while people talk.
@@ -174,7 +144,7 @@ func (s *scene) honestly() {
 }
 
 // end ends a lie, and notes how often it was told.
-func (s *scene) end(told *lie) {
+func (s *scene) end(told *proxy.Hook) {
 	s.tries += told.Used()
 	told.Remove()
 }
@@ -252,9 +222,9 @@ func putTimeline(sync map[string]any, room id.RoomID, events []map[string]any) {
 }
 
 // messagesIn tells a lie about the encrypted messages of people in the room: what it returns is what the bot gets instead.
-func (s *scene) messagesIn(tell func(sync map[string]any, messages []map[string]any) (instead []map[string]any)) *lie {
+func (s *scene) messagesIn(tell func(sync map[string]any, messages []map[string]any) (instead []map[string]any)) *proxy.Hook {
 	s.t.Helper()
-	return s.inSyncs(s.t, 0, func(sync map[string]any) bool {
+	return s.OnAnswer(proxy.Sync, 0, proxy.Edit(func(sync map[string]any) bool {
 		var messages, others []map[string]any
 		for _, evt := range timelineOf(sync, s.room) {
 			if evt["type"] == "m.room.encrypted" && evt["sender"] != s.bot.UserID.String() {
@@ -267,11 +237,11 @@ func (s *scene) messagesIn(tell func(sync map[string]any, messages []map[string]
 			putTimeline(sync, s.room, append(others, tell(sync, messages)...))
 		}
 		return len(messages) > 0
-	})
+	}))
 }
 
 // holdUntil keeps messages of the room back until there are so many, and gives them all at once as the lie has them, again and again.
-func (s *scene) holdUntil(count int, tell func(all []map[string]any)) *lie {
+func (s *scene) holdUntil(count int, tell func(all []map[string]any)) *proxy.Hook {
 	s.t.Helper()
 	var held []map[string]any
 	return s.messagesIn(func(_ map[string]any, messages []map[string]any) []map[string]any {
@@ -292,15 +262,16 @@ func (s *scene) holdUntil(count int, tell func(all []map[string]any)) *lie {
 }
 
 // askAbout has the bot ask for the keys of somebody, whose device list is said to have changed, and waits until the lie was told.
-func (s *scene) askAbout(told *lie, person *people.Person) {
+func (s *scene) askAbout(told *proxy.Hook, person *people.Person) {
 	s.t.Helper()
 	before := told.Used()
-	s.inSyncs(s.t, 1, func(sync map[string]any) bool {
+	s.OnAnswer(proxy.Sync, 1, proxy.Edit(func(sync map[string]any) bool {
 		lists := object(sync, "device_lists")
 		changed, _ := lists["changed"].([]any)
 		lists["changed"] = append(changed, person.UserID.String())
 		return true
-	})
+	}))
+	s.nudge(s.t)
 	ok(s.t, told.Wait(within(s.t, patience), before+1))
 }
 

@@ -63,7 +63,7 @@ func TestLiesAboutTheBotItself(t *testing.T) {
 func (s *scene) lieAboutTheBot(tell func(answer map[string]any)) {
 	t := s.t
 	told := count(s.stranger.Notices(s.room), "Do not rely on me")
-	lying := s.inQueries(func(request *proxy.Request, answer *proxy.Answer) bool {
+	lying := s.OnAnswer(proxy.KeysQuery, 0, func(request *proxy.Request, answer *proxy.Answer) bool {
 		for _, user := range usersIn(request) {
 			if user == s.bot.UserID {
 				return proxy.Edit(func(answer map[string]any) bool {

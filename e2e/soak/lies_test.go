@@ -139,7 +139,7 @@ func dropRoomKeys(t *testing.T, l *liar) {
 	dropped := l.w.newStranger(t, "dropped")
 	s := l.scene(t, "room keys dropped", "withheld: unable_to_decrypt; others are not held up", dropped)
 	s.hears(s.says(dropped, true, "unverified_identity"))
-	told := s.inSyncs(t, 0, toDeviceOf(dropped, func([]any) []any { return nil }))
+	told := s.OnAnswer(proxy.Sync, 0, proxy.Edit(toDeviceOf(dropped, func([]any) []any { return nil })))
 	var silent []message
 	for range often(1, 3) {
 		silent = append(silent, s.says(dropped, true, "unable_to_decrypt"))
@@ -156,7 +156,7 @@ func repeatToDevice(t *testing.T, l *liar) {
 	repeated := l.w.newStranger(t, "repeated")
 	s := l.scene(t, "to-device repeated", "refused as repetitions", repeated)
 	var kept []any
-	told := s.inSyncs(t, 0, func(sync map[string]any) bool {
+	told := s.OnAnswer(proxy.Sync, 0, proxy.Edit(func(sync map[string]any) bool {
 		toDevice := object(sync, "to_device")
 		events, _ := toDevice["events"].([]any)
 		toDevice["events"] = append(slices.Clone(kept), events...)
@@ -166,7 +166,7 @@ func repeatToDevice(t *testing.T, l *liar) {
 			}
 		}
 		return len(kept) > 0
-	})
+	}))
 	for range often(3, 8) {
 		s.hears(s.says(repeated, true, "unverified_identity"), s.says(repeated, false, "unverified_identity"))
 	}
@@ -219,7 +219,7 @@ func claimEncryptionAway(t *testing.T, l *liar) {
 	s.honestly()
 	for n := range often(2, 6) {
 		content := []map[string]any{{}, {"algorithm": "m.none"}, {"algorithm": 7}}[n%3]
-		told := s.inSyncs(t, 1, func(sync map[string]any) bool {
+		told := s.OnAnswer(proxy.Sync, 1, proxy.Edit(func(sync map[string]any) bool {
 			claim := map[string]any{
 				"type": "m.room.encryption", "state_key": "", "sender": s.stranger.UserID.String(), "content": content,
 				"event_id": fmt.Sprintf("$switched-off-%d", n), "origin_server_ts": 1,
@@ -227,7 +227,8 @@ func claimEncryptionAway(t *testing.T, l *liar) {
 			object(sync, "rooms", "join", s.room.String(), "state")["events"] = []any{claim}
 			putTimeline(sync, s.room, append([]map[string]any{claim}, timelineOf(sync, s.room)...))
 			return true
-		})
+		}))
+		s.nudge(t)
 		ok(t, told.Wait(within(t, patience), 1))
 		s.tries++
 		clear := must(s.stranger.SendClear(within(t, patience), s.room, say("in the clear")))(t)
@@ -242,7 +243,7 @@ func hideEncryption(t *testing.T, l *liar) {
 	r := result{part: "lies", what: "encryption hidden", note: "cannot be seen: not_encrypted, never better"}
 	ctx := within(t, patience)
 	// The state event comes with the invitation, and again when the bot joins. Nobody else makes rooms in the verified person's name.
-	told := l.inSyncs(t, 0, func(sync map[string]any) bool {
+	told := l.OnAnswer(proxy.Sync, 0, proxy.Edit(func(sync map[string]any) bool {
 		hidden := false
 		for _, rooms := range []string{"join", "invite"} {
 			for roomID := range object(sync, "rooms", rooms) {
@@ -259,7 +260,7 @@ func hideEncryption(t *testing.T, l *liar) {
 			}
 		}
 		return hidden
-	})
+	}))
 	defer told.Remove()
 	host := l.verified
 	for range often(1, 3) {
