@@ -1,22 +1,15 @@
 package soak
 
 import (
-	"bytes"
-	"encoding/json"
-	"fmt"
-	"io"
-	"log"
 	"net/http"
-	"net/http/httptest"
-	"net/http/httputil"
-	"net/url"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
 
 	"maunium.net/go/mautrix/id"
+
+	"sendertrust/e2e/proxy"
 )
 
 // wave is what one /sync brings of a flood.
@@ -31,8 +24,7 @@ type wave struct {
 // flooder stands between the bot and the homeserver, and puts a flood into the answers of /sync: as fast as a homeserver could bring it
 // that is not itself busy with taking it in. What the flood leads to elsewhere, it answers itself.
 type flooder struct {
-	URL   string
-	proxy *httputil.ReverseProxy
+	*proxy.Proxy
 
 	mu     sync.Mutex
 	waves  []wave
@@ -40,23 +32,41 @@ type flooder struct {
 	next   time.Time
 	owner  id.UserID
 	device map[id.DeviceID]any
-	// joins are the rooms of the flood that the bot has joined; each join takes joinTime.
-	joins int
+	joins  *proxy.Hook
 }
 
-// joinTime is how long joining one of the rooms takes to which the flood invites.
-const joinTime = 300 * time.Millisecond
+const (
+	// joinFloodRoom is the joining of a room to which a flood invites: their IDs begin with floodRoom.
+	joinFloodRoom = "POST v3/rooms/" + floodRoom + "*/join"
+	floodRoom     = "!flood"
+	// joinTime is how long that takes.
+	joinTime = 300 * time.Millisecond
+)
 
 func newFlooder(t *testing.T, homeserver string) *flooder {
 	t.Helper()
-	f := &flooder{proxy: httputil.NewSingleHostReverseProxy(must(url.Parse(homeserver))(t))}
-	f.proxy.ErrorLog = log.New(io.Discard, "", 0) // it tells of each request that the bot gives up at its end
-	f.proxy.ModifyResponse = f.change
-	server := httptest.NewServer(f)
-	f.URL = server.URL
-	t.Cleanup(func() {
-		server.CloseClientConnections()
-		server.Close()
+	f := &flooder{Proxy: must(proxy.Start(homeserver))(t)}
+	t.Cleanup(f.Close)
+	f.OnRequest(proxy.Sync, 0, func(r *proxy.Request) *proxy.Answer {
+		if wait, more := f.untilNext(); more {
+			query := r.URL.Query()
+			query.Set("timeout", strconv.FormatInt(wait.Milliseconds(), 10))
+			r.URL.RawQuery = query.Encode()
+		}
+		return nil
+	})
+	f.OnAnswer(proxy.Sync, 0, proxy.Edit(func(answer map[string]any) bool {
+		w, due := f.take()
+		if due {
+			w.addTo(answer)
+		}
+		return due
+	}))
+	f.OnAnswer(proxy.KeysQuery, 0, proxy.Edit(f.addDevices))
+	f.joins = f.OnRequest(joinFloodRoom, 0, func(*proxy.Request) *proxy.Answer {
+		answer := proxy.JSON(http.StatusOK, map[string]any{"room_id": floodRoom})
+		answer.Delay = joinTime
+		return answer
 	})
 	return f
 }
@@ -81,34 +91,7 @@ func (f *flooder) publish(owner id.UserID, devices map[id.DeviceID]any) {
 	f.owner, f.device = owner, devices
 }
 
-func (f *flooder) joined() int {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.joins
-}
-
-// floodRoom begins the IDs of the rooms to which a flood invites.
-const floodRoom = "!flood"
-
-func (f *flooder) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	switch {
-	case strings.HasSuffix(r.URL.Path, "/sync"):
-		if wait, more := f.untilNext(); more {
-			query := r.URL.Query()
-			query.Set("timeout", strconv.FormatInt(wait.Milliseconds(), 10))
-			r.URL.RawQuery = query.Encode()
-		}
-	case strings.Contains(r.URL.Path, "/join") && strings.Contains(r.URL.Path, floodRoom):
-		time.Sleep(joinTime)
-		f.mu.Lock()
-		f.joins++
-		f.mu.Unlock()
-		w.Header().Set("Content-Type", "application/json")
-		fmt.Fprint(w, `{"room_id":"!flood"}`)
-		return
-	}
-	f.proxy.ServeHTTP(w, r)
-}
+func (f *flooder) joined() int { return f.joins.Used() }
 
 // untilNext is how long the homeserver may have nothing to tell before the next wave comes.
 func (f *flooder) untilNext() (wait time.Duration, more bool) {
@@ -128,45 +111,17 @@ func (f *flooder) take() (w wave, due bool) {
 	return w, true
 }
 
-func (f *flooder) change(resp *http.Response) error {
-	path := resp.Request.URL.Path
-	if resp.StatusCode != http.StatusOK || !strings.HasSuffix(path, "/sync") && !strings.HasSuffix(path, "/keys/query") {
-		return nil
-	}
-	body, err := io.ReadAll(resp.Body)
-	if err != nil {
-		return err
-	}
-	_ = resp.Body.Close()
-	var answer map[string]any
-	decoder := json.NewDecoder(bytes.NewReader(body))
-	decoder.UseNumber()
-	if err = decoder.Decode(&answer); err != nil {
-		return err
-	}
-	if strings.HasSuffix(path, "/sync") {
-		if w, due := f.take(); due {
-			w.addTo(answer)
-		}
-	} else {
-		f.addDevices(answer)
-	}
-	if body, err = json.Marshal(answer); err != nil {
-		return err
-	}
-	resp.Body, resp.ContentLength = io.NopCloser(bytes.NewReader(body)), int64(len(body))
-	resp.Header.Set("Content-Length", strconv.Itoa(len(body)))
-	return nil
-}
-
-func (f *flooder) addDevices(answer map[string]any) {
+func (f *flooder) addDevices(answer map[string]any) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if published, ok := object(answer, "device_keys")[f.owner.String()].(map[string]any); ok {
-		for deviceID, keys := range f.device {
-			published[deviceID.String()] = keys
-		}
+	published, asked := object(answer, "device_keys")[f.owner.String()].(map[string]any)
+	if !asked {
+		return false
 	}
+	for deviceID, keys := range f.device {
+		published[deviceID.String()] = keys
+	}
+	return true
 }
 
 func (w *wave) addTo(answer map[string]any) {

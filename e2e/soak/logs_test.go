@@ -37,10 +37,10 @@ func (w *world) checkLogs() error {
 		}
 	}
 	var searched int64
-	for i, bot := range w.bots {
+	for _, bot := range w.bots {
 		faults = append(faults, bot.CheckLog(mark, password))
-		// Each run of a bot has a file of its own there.
-		folder := filepath.Dir(w.logs[i])
+		// Each run of a bot has a file of its own beside its configuration.
+		folder := filepath.Dir(bot.ConfigPath())
 		hits, err := set.ScanFolder(folder)
 		faults = append(faults, err)
 		for _, hit := range hits {

@@ -54,8 +54,6 @@ type world struct {
 	mu sync.Mutex
 	// bots are all that were started, for their logs to be checked.
 	bots []*botproc.Bot
-	// logs are the files that they wrote.
-	logs []string
 }
 
 var shared = new(world)
@@ -150,10 +148,9 @@ func (w *world) newBot(t *testing.T, options botOptions) *botproc.Bot {
 	if options.homeserver == "" {
 		options.homeserver = w.server.URL
 	}
-	logFile := filepath.Join(dir, "bot.log")
 	bot := must(botproc.Start(within(t, patience), botproc.Options{
 		Binary: options.binary, Homeserver: options.homeserver, UserID: id.NewUserID(localpart, synapse.ServerName), Password: password,
-		Dir: dir, LogFile: logFile, Env: options.env,
+		Dir: dir, LogFile: filepath.Join(dir, "bot.log"), Env: options.env,
 		Configure: func(config botproc.Config) {
 			config["encryption"].(botproc.Config)["wait"] = keyWait.String()
 			if options.postgres {
@@ -165,7 +162,7 @@ func (w *world) newBot(t *testing.T, options botOptions) *botproc.Bot {
 		},
 	}))(t)
 	w.mu.Lock()
-	w.bots, w.logs = append(w.bots, bot), append(w.logs, logFile)
+	w.bots = append(w.bots, bot)
 	w.mu.Unlock()
 	t.Cleanup(func() {
 		bot.Kill()

@@ -238,7 +238,7 @@ func (w *world) leaveLogAlone(bot *botproc.Bot) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if at := slices.Index(w.bots, bot); at >= 0 {
-		w.bots, w.logs = slices.Delete(w.bots, at, at+1), slices.Delete(w.logs, at, at+1)
+		w.bots = slices.Delete(w.bots, at, at+1)
 	}
 }
 

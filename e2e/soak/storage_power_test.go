@@ -214,7 +214,7 @@ func TestPowerFailsAtTheFirstStart(t *testing.T) {
 		cancel()
 		t.Cleanup(bot.Kill)
 		w.mu.Lock()
-		w.bots, w.logs = append(w.bots, bot), append(w.logs, options.LogFile)
+		w.bots = append(w.bots, bot)
 		w.mu.Unlock()
 		o := &outages{bot: bot, disk: d}
 		o.bot.Kill()
