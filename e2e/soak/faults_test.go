@@ -18,8 +18,9 @@ import (
 )
 
 const (
-	// mostRequests is how many requests a bot may make within a second while all of them fail: it must not beat on a server that is down.
-	mostRequests = 10
+	// mostSyncs and mostRequests are how often a bot may ask for news, and for anything, within a second while all of that fails: it must
+	// not beat on a server that is down.
+	mostSyncs, mostRequests = 2, 10
 	// refusals are how many requests fail in a row when a homeserver is down for a moment, and longRefusals when it is for a while.
 	refusals, longRefusals = 3, 4
 )
@@ -57,9 +58,26 @@ func (f *faulty) say() {
 	if count%2 == 0 {
 		f.person.RotateSession(f.room)
 	}
-	m := message{roomID: f.room, reader: f.person, code: "unverified_identity", sent: time.Now()}
-	m.eventID = must(f.person.Send(within(f.t, patience), f.room, say(fmt.Sprint("message ", count))))(f.t)
-	f.ledger.note(m)
+	f.note(must(f.person.Send(within(f.t, patience), f.room, say(fmt.Sprint("message ", count))))(f.t))
+}
+
+func (f *faulty) note(eventID id.EventID) {
+	f.ledger.note(message{eventID: eventID, roomID: f.room, reader: f.person, code: "unverified_identity", sent: time.Now()})
+}
+
+// sayAndHear has the person write a message, and waits for its answer, whatever others wait for.
+func (f *faulty) sayAndHear() {
+	eventID := must(f.person.Send(within(f.t, patience), f.room, say("do you hear me?")))(f.t)
+	f.note(eventID)
+	must(f.person.WaitForAnswer(within(f.t, patience), eventID))(f.t)
+}
+
+// sayWithoutKey has the person write a message whose key is still to come: that of the session.
+func (f *faulty) sayWithoutKey() *people.Session {
+	eventID, session, err := f.person.SendWithoutKey(within(f.t, patience), f.room, say("wait for it"))
+	ok(f.t, err)
+	f.note(eventID)
+	return session
 }
 
 // atWork are the requests of which the bot's work consists.
@@ -145,11 +163,23 @@ var faults = map[string]func(f *faulty, n int) *proxy.Hook{
 			return proxy.JSON(401, map[string]any{"errcode": "M_UNKNOWN_TOKEN", "error": "Unknown token", "soft_logout": n%2 == 0})
 		})
 	},
-	"position unknown": func(f *faulty, _ int) *proxy.Hook {
-		return f.refuse(proxy.Sync, 1, func() *proxy.Answer { return proxy.Error(400, "M_UNKNOWN_POS", "Unknown position") })
+	// Every position is refused until the bot begins anew, as Synapse words it, too.
+	"position unknown": func(f *faulty, n int) *proxy.Hook {
+		anew := false
+		return f.OnRequest(proxy.Sync, 0, func(r *proxy.Request) *proxy.Answer {
+			if anew = anew || r.URL.Query().Get("since") == ""; anew {
+				return nil
+			}
+			return proxy.Error(400, []string{"M_UNKNOWN_POS", "M_UNKNOWN"}[n%2], "Unknown position")
+		})
 	},
+	// A message waits for its key meanwhile: not an hour longer, and not an hour less.
 	"clock set by an hour": func(f *faulty, n int) *proxy.Hook {
+		session := f.sayWithoutKey()
+		f.sayAndHear()
 		ok(f.t, os.WriteFile(f.clock, []byte([]string{"1h", "-1h", "0s"}[n%3]), 0o600))
+		f.sayAndHear()
+		ok(f.t, f.person.ShareKey(within(f.t, patience), session, f.bot.UserID))
 		return f.OnAnswer(proxy.Send, 1, func(*proxy.Request, *proxy.Answer) bool { return true })
 	},
 }
@@ -214,12 +244,17 @@ func TestServerThatIsDownIsNotBeatenOn(t *testing.T) {
 	t.Parallel()
 	f := newFaulty(t, theWorld(t))
 	begun := time.Now()
-	down := f.refuse(proxy.Anything, longRefusals, func() *proxy.Answer { return proxy.Page(503) })
+	syncs := f.refuse(proxy.Sync, longRefusals, func() *proxy.Answer { return proxy.Page(503) })
+	others := f.refuse(proxy.Anything, 0, func() *proxy.Answer { return proxy.Page(503) })
 	f.say()
-	ok(t, down.Wait(within(t, patience), longRefusals))
+	ok(t, syncs.Wait(within(t, patience), longRefusals))
+	if most := f.MostWithin(time.Second, begun, proxy.Sync); most > mostSyncs {
+		t.Errorf("%d requests for news within a second", most)
+	}
 	if most := f.MostWithin(time.Second, begun, proxy.Anything); most > mostRequests {
 		t.Errorf("%d requests within a second", most)
 	}
+	others.Remove()
 	f.ledger.await(within(t, patience), f.bot.UserID)
 	r := result{part: "faults", what: "server down for a while", tries: 1}
 	f.ledger.count(t, f.bot.UserID, &r)
