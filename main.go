@@ -52,6 +52,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	readOnly := flags.Bool("n", false, "never write to the file with the settings")
 	checkOnly := flags.Bool("check", false, "check the settings, the database and the connection to the homeserver, say what is found, and exit")
 	showVersion := flags.Bool("v", false, "show the version, and exit")
+	proofPath := flags.String("verify-proof", "", "check the proof in the `file` that the bot has made of a message, say what it proves, and exit; needs --master-key")
+	masterKey := flags.String("master-key", "", "the master `key` of the bot that is said to have made the proof of --verify-proof, as !trust status shows it")
 	if err := flags.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return exitOK
 	} else if err != nil {
@@ -62,6 +64,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "unexpected argument: %s\n", flags.Arg(0))
 		flags.Usage()
 		return exitSetup
+	case *proofPath != "" || *masterKey != "":
+		return verifyProof(*proofPath, *masterKey, stdout, stderr)
 	case *showVersion:
 		fmt.Fprintln(stdout, version.Init(tag, commit, buildTime).VersionDescription)
 		return exitOK

@@ -60,14 +60,8 @@ func (h *Hook) Review(ctx context.Context, told Verdict, sender id.UserID) (Verd
 	if err != nil {
 		return told, err
 	}
-	var identity *Identity
-	if len(claims) > 0 {
-		if identity, err = h.store.identity(ctx, claims[0].Sender); err != nil {
-			return told, err
-		}
-	}
-	now := h.anchor().verdict(sender, told.SessionID, claims, identity)
-	if err = h.nameSource(ctx, &now); err != nil {
+	now, _, err := h.weigh(ctx, sender, told.SessionID, claims)
+	if err != nil {
 		return told, err
 	}
 	now.EventID, now.ContentWithheld = told.EventID, told.ContentWithheld

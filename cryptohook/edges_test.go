@@ -35,7 +35,7 @@ func TestIdentityThatIsReplacedWhileWeSignItIsNotVerified(t *testing.T) {
 	if err := w.hook.Verify(w.ctx, "@alice:test", signed); err != nil {
 		t.Fatal(err)
 	}
-	w.wantStanding("@alice:test", standingUnverified)
+	w.wantStanding("@alice:test", StandingUnverified)
 	if identity := must(w.hook.store.identity(w.ctx, "@alice:test")); identity.MasterKey == signed || identity.VerifiedBy != "" {
 		t.Errorf("stored %+v", identity)
 	}
@@ -128,13 +128,13 @@ func TestPinThatCannotBeSignedIsNotCalledSigned(t *testing.T) {
 		return 0, nil
 	}
 	w.tell([]string{"changed"})
-	w.wantStanding("@alice:test", standingUnverified)
+	w.wantStanding("@alice:test", StandingUnverified)
 	if strings.Contains(w.log.String(), "Signed a pinned master key") {
 		t.Error("the log says that it is signed")
 	}
 	w.server.other = nil
 	w.tell([]string{"changed"})
-	w.wantStanding("@alice:test", standingVerified)
+	w.wantStanding("@alice:test", StandingVerified)
 	if !strings.Contains(w.log.String(), "Signed a pinned master key") {
 		t.Error("the log does not say that it is signed")
 	}

@@ -118,10 +118,17 @@ type signature struct {
 }
 
 const (
+	// The object that a signature is in is kept for the user's self-signing key, and for eight others that may turn out to be the user's: a
+	// sender can make up as many as there are messages.
 	insertSignatureQuery = `
-		INSERT INTO sendertrust_signature (sender_id, self_signing_key)
-		SELECT id, $4 FROM sendertrust_sender WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3
-		ON CONFLICT (sender_id, self_signing_key) DO NOTHING
+		INSERT INTO sendertrust_signature (sender_id, self_signing_key, device_keys)
+		SELECT id, $4, CASE
+			WHEN EXISTS (SELECT 1 FROM sendertrust_identity WHERE user_id=$1 AND self_signing_key=$4) THEN $5
+			WHEN (SELECT COUNT(*) FROM sendertrust_signature kept WHERE kept.sender_id=sendertrust_sender.id AND kept.device_keys IS NOT NULL)<8 THEN $5
+		END
+		FROM sendertrust_sender WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3
+		ON CONFLICT (sender_id, self_signing_key) DO UPDATE SET device_keys=excluded.device_keys
+			WHERE sendertrust_signature.device_keys IS NULL AND excluded.device_keys IS NOT NULL
 	`
 	getSignersQuery = `
 		SELECT self_signing_key FROM sendertrust_signature
@@ -133,15 +140,16 @@ const (
 	`
 )
 
-// putSignature notes a device, and a signature on it that was checked if there is one. It says whether the signature is new.
-func (s *store) putSignature(ctx context.Context, proof signature) (added bool, err error) {
+// putSignature notes a device, and a signature on it that was checked if there is one, with the device keys object that it is in. It says
+// whether anything of the signature is new.
+func (s *store) putSignature(ctx context.Context, proof signature, object json.RawMessage) (added bool, err error) {
 	if _, err = s.Exec(ctx, insertSenderQuery, proof.userID, proof.senderKey, proof.signingKey); err != nil {
 		return false, fmt.Errorf("failed to store whose device it is: %w", err)
 	}
 	if proof.selfSigningKey == "" {
 		return false, nil
 	}
-	result, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey)
+	result, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey, asKept(object))
 	if err != nil {
 		return false, fmt.Errorf("failed to store a signature: %w", err)
 	}
@@ -178,7 +186,7 @@ func (s *store) signatures(ctx context.Context, userID id.UserID) (map[signature
 // noteSigners notes who has signed the device of a claim, and says whether any of it is news.
 func (s *store) noteSigners(ctx context.Context, claim *SenderData) (news bool, err error) {
 	for _, signer := range claim.signers {
-		added, err := s.putSignature(ctx, signature{claim.Sender, claim.SenderKey, claim.SigningKey, signer})
+		added, err := s.putSignature(ctx, signature{claim.Sender, claim.SenderKey, claim.SigningKey, signer.key}, signer.object)
 		if err != nil {
 			return news, err
 		}

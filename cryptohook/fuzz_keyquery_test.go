@@ -29,7 +29,7 @@ func FuzzKeyQuery(f *testing.F) {
 		if !json.Valid(answer) {
 			r.unchangedBut("the answer is no JSON")
 		}
-		r.unchangedBut("keys were published", "sendertrust_claim", "sendertrust_sender", "sendertrust_signature", "sendertrust_identity", "sendertrust_device")
+		r.unchangedBut("keys were published", "sendertrust_claim", "sendertrust_sender", "sendertrust_signature", "sendertrust_identity", "sendertrust_identity_key", "sendertrust_device")
 		r.checkOthers()
 		r.checkIdentities(before, answer)
 		r.checkDevices(answer)

@@ -81,6 +81,7 @@ type Hook struct {
 	inbox     *inbox
 	search    *keySearch
 	bundles   *keyBundles
+	keeper    *backupKeeper
 	syncer    *syncer
 	transport *transport
 	questions keyQuestions
@@ -178,6 +179,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 		return nil, err
 	}
 	h.resolver, h.inbox, h.search, h.bundles = newResolver(h), newInbox(h), newKeySearch(h), newKeyBundles(h)
+	h.keeper = newBackupKeeper(h)
 	if err = h.search.load(ctx); err != nil {
 		return nil, err
 	}
@@ -288,6 +290,7 @@ func (h *Hook) Run(ctx context.Context) (err error) {
 	workers.Go(func() { h.inbox.run(ctx) })
 	workers.Go(func() { h.search.run(ctx) })
 	workers.Go(func() { h.bundles.run(ctx) })
+	workers.Go(func() { h.keeper.run(ctx) })
 	err = h.syncer.sync(ctx)
 	ended := ctx.Err() != nil
 	cancel()

@@ -39,45 +39,46 @@ type trustAnchor struct {
 	pins           map[id.UserID]id.Ed25519
 }
 
-// standing is what an identity is worth to us now.
-type standing int
+// Standing is what a user's identity is worth to us now.
+type Standing string
 
 const (
-	standingUnverified standing = iota
-	standingViolation           // verified once, or pinned to another key, and not verified now
-	standingVerified
+	StandingUnverified Standing = "unverified"
+	// StandingViolation: verified once, or pinned to another key, and not verified now.
+	StandingViolation Standing = "violation"
+	StandingVerified  Standing = "verified"
 )
 
 // judge says whether the user's identity is verified now, by our user-signing key's signature on today's master key. A pin
 // to another key outranks any signature. A verification that we withdraw is no violation; a master key that we have not verified,
 // in the place of one that we had, is.
-func (a trustAnchor) judge(identity *Identity) standing {
+func (a trustAnchor) judge(identity *Identity) Standing {
 	if identity == nil || identity.MasterKey == "" {
-		return standingUnverified
+		return StandingUnverified
 	}
 	if identity.UserID == a.userID {
 		switch {
 		case identity.MasterKey == a.masterKey:
-			return standingVerified
+			return StandingVerified
 		case a.masterKey == "" && !identity.WasVerified:
-			return standingUnverified
+			return StandingUnverified
 		default:
-			return standingViolation
+			return StandingViolation
 		}
 	}
 	pin, pinned := a.pins[identity.UserID]
 	switch {
 	case pinned && pin != identity.MasterKey:
-		return standingViolation
+		return StandingViolation
 	case a.userSigningKey != "" && identity.VerifiedBy == a.userSigningKey:
-		return standingVerified
+		return StandingVerified
 	case identity.VerifiedBy != "":
 		// It is still the master key that was verified. We have given up the key that we signed it with.
-		return standingUnverified
+		return StandingUnverified
 	case identity.WasVerified:
-		return standingViolation
+		return StandingViolation
 	default:
-		return standingUnverified
+		return StandingUnverified
 	}
 }
 
@@ -90,13 +91,13 @@ func (a trustAnchor) needsSignature(identity *Identity) bool {
 // stateOf says what a session is worth now that was proven to be signed by masterKey's identity (step J, and every verdict).
 func (a trustAnchor) stateOf(masterKey id.Ed25519, identity *Identity) State {
 	switch a.judge(identity) {
-	case standingVerified:
+	case StandingVerified:
 		if masterKey == identity.MasterKey {
 			return StateSenderVerified
 		}
 		// The user was reset since and verified again: what the old identity signed is no longer vouched for.
 		return StateSenderUnverified
-	case standingViolation:
+	case StandingViolation:
 		return StateVerificationViolation
 	default:
 		return StateSenderUnverified
@@ -107,9 +108,9 @@ func (a trustAnchor) stateOf(masterKey id.Ed25519, identity *Identity) State {
 // verified, or is the one that we saw first. Else the session stays with the identity that people knew when they read its messages.
 func (a trustAnchor) adopts(identity *Identity) bool {
 	switch a.judge(identity) {
-	case standingVerified:
+	case StandingVerified:
 		return true
-	case standingUnverified:
+	case StandingUnverified:
 		return identity.MasterKey == identity.FirstMasterKey
 	default:
 		return false

@@ -199,8 +199,8 @@ func TestOwnMasterKeyOfferedAsAnothersIsNotVerified(t *testing.T) {
 	}
 	identity := &Identity{UserID: w.alice.userID}
 	identity.merge(got, false)
-	if standing := w.anchor.judge(identity); standing != standingUnverified {
-		t.Errorf("standing %d", standing)
+	if standing := w.anchor.judge(identity); standing != StandingUnverified {
+		t.Errorf("standing %s", standing)
 	}
 	// Nor with the whole of our own object.
 	if got, err = w.anchor.readIdentity(w.alice.userID, rawJSON(w.bot.masterObject()), nil); !errors.Is(err, errOtherUser) || got != nil {
@@ -348,30 +348,30 @@ func TestJudge(t *testing.T) {
 		name     string
 		anchor   trustAnchor
 		identity *Identity
-		want     standing
+		want     Standing
 	}{
-		{"nothing known", anchor, nil, standingUnverified},
-		{"no master key", anchor, &Identity{UserID: "@alice:test"}, standingUnverified},
-		{"never verified", anchor, alice(nil), standingUnverified},
-		{"never verified, reset", anchor, alice(func(i *Identity) { i.MasterKey = "M2" }), standingUnverified},
-		{"verified", anchor, alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), standingVerified},
-		{"verified, reset", anchor, alice(func(i *Identity) { i.MasterKey, i.WasVerified = "M2", true }), standingViolation},
-		{"verified again after a reset", anchor, alice(func(i *Identity) { i.MasterKey, i.VerifiedBy, i.WasVerified = "M2", ours, true }), standingVerified},
-		{"verified by a key that we had before", anchor, alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = formerly, true }), standingUnverified},
-		{"verified, and our own keys are gone", without, alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), standingUnverified},
-		{"never verified, and we have no keys", without, alice(nil), standingUnverified},
-		{"pinned, not signed yet", pinned("M1"), alice(nil), standingUnverified},
-		{"pinned and signed", pinned("M1"), alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), standingVerified},
-		{"pinned to another key", pinned("M2"), alice(nil), standingViolation},
-		{"pinned to another key than the signed one", pinned("M2"), alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), standingViolation},
-		{"pinned, and no master key published", pinned("M1"), &Identity{UserID: "@alice:test"}, standingUnverified},
-		{"ourselves", anchor, own("our master key"), standingVerified},
-		{"ourselves with another master key", anchor, own("a server's invention"), standingViolation},
-		{"ourselves, signed by ourselves, with another master key", anchor, &Identity{UserID: "@bot:test", MasterKey: "x", VerifiedBy: ours, WasVerified: true}, standingViolation},
-		{"ourselves without keys of ours", without, own("somebody's"), standingUnverified},
+		{"nothing known", anchor, nil, StandingUnverified},
+		{"no master key", anchor, &Identity{UserID: "@alice:test"}, StandingUnverified},
+		{"never verified", anchor, alice(nil), StandingUnverified},
+		{"never verified, reset", anchor, alice(func(i *Identity) { i.MasterKey = "M2" }), StandingUnverified},
+		{"verified", anchor, alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), StandingVerified},
+		{"verified, reset", anchor, alice(func(i *Identity) { i.MasterKey, i.WasVerified = "M2", true }), StandingViolation},
+		{"verified again after a reset", anchor, alice(func(i *Identity) { i.MasterKey, i.VerifiedBy, i.WasVerified = "M2", ours, true }), StandingVerified},
+		{"verified by a key that we had before", anchor, alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = formerly, true }), StandingUnverified},
+		{"verified, and our own keys are gone", without, alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), StandingUnverified},
+		{"never verified, and we have no keys", without, alice(nil), StandingUnverified},
+		{"pinned, not signed yet", pinned("M1"), alice(nil), StandingUnverified},
+		{"pinned and signed", pinned("M1"), alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), StandingVerified},
+		{"pinned to another key", pinned("M2"), alice(nil), StandingViolation},
+		{"pinned to another key than the signed one", pinned("M2"), alice(func(i *Identity) { i.VerifiedBy, i.WasVerified = ours, true }), StandingViolation},
+		{"pinned, and no master key published", pinned("M1"), &Identity{UserID: "@alice:test"}, StandingUnverified},
+		{"ourselves", anchor, own("our master key"), StandingVerified},
+		{"ourselves with another master key", anchor, own("a server's invention"), StandingViolation},
+		{"ourselves, signed by ourselves, with another master key", anchor, &Identity{UserID: "@bot:test", MasterKey: "x", VerifiedBy: ours, WasVerified: true}, StandingViolation},
+		{"ourselves without keys of ours", without, own("somebody's"), StandingUnverified},
 	} {
 		if got := tc.anchor.judge(tc.identity); got != tc.want {
-			t.Errorf("%s: standing %d, want %d", tc.name, got, tc.want)
+			t.Errorf("%s: standing %s, want %s", tc.name, got, tc.want)
 		}
 	}
 }

@@ -70,14 +70,7 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	if left := h.identityWait(e, claims); awaits && left > 0 {
 		return nil, v, left, nil
 	}
-	var identity *Identity
-	if len(claims) > 0 {
-		if identity, err = h.store.identity(ctx, claims[0].Sender); err != nil {
-			return nil, v, 0, err
-		}
-	}
-	v = h.anchor().verdict(evt.Sender, sessionID, claims, identity)
-	if err = h.nameSource(ctx, &v); err != nil {
+	if v, _, err = h.weigh(ctx, evt.Sender, sessionID, claims); err != nil {
 		return nil, v, 0, err
 	}
 	v.EventID, v.Outdated = e.eventID, awaits
@@ -114,23 +107,26 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 		return evt, v, 0, nil
 	}
 	decrypted.Mautrix.EventSource |= event.SourceDecrypted
-	return decrypted, v, 0, nil
+	return decrypted, v, 0, relateAsSent(decrypted, evt)
+}
+
+// weigh gives the verdict on a message of sender by the living claims on its session and by what is known now, with the identity that it
+// rests on.
+func (h *Hook) weigh(ctx context.Context, sender id.UserID, sessionID id.SessionID, claims []*SenderData) (v Verdict, identity *Identity, err error) {
+	if len(claims) > 0 {
+		if identity, err = h.store.identity(ctx, claims[0].Sender); err != nil {
+			return v, nil, err
+		}
+	}
+	v = h.anchor().verdict(sender, sessionID, claims, identity)
+	return v, identity, h.nameSource(ctx, &v)
 }
 
 // judgeUndecrypted puts into the verdict why the event cannot be decrypted, or says how long its key may take.
 func (h *Hook) judgeUndecrypted(ctx context.Context, e *inboxEvent, sender id.UserID, v *Verdict, failure error) (wait time.Duration, err error) {
-	code, reason, final, known := classify(failure)
-	if !known {
-		return 0, failure
-	}
-	if reason == ReasonUnknownSession {
-		withheld, err := h.store.withheld(ctx, v.SessionID, sender)
-		if err != nil {
-			return 0, err
-		}
-		if withheld != "" {
-			reason, final = string(withheld), finalWithheld[withheld]
-		}
+	code, reason, final, err := h.whyUndecrypted(ctx, e.roomID, sender, v.SessionID, failure)
+	if err != nil {
+		return 0, err
 	}
 	if left := h.options.KeyWait - h.clock().Sub(e.receivedAt); !final && left > 0 {
 		if code == CodeUnableToDecrypt {
@@ -146,6 +142,35 @@ func (h *Hook) judgeUndecrypted(ctx context.Context, e *inboxEvent, sender id.Us
 	zerolog.Ctx(ctx).Debug().Err(failure).Msg("Failed to decrypt an event")
 	v.Code, v.Reason = code, reason
 	return 0, nil
+}
+
+// whyUndecrypted says what a failed decryption means: see classify. The error is the store's.
+func (h *Hook) whyUndecrypted(ctx context.Context, roomID id.RoomID, sender id.UserID, sessionID id.SessionID, failure error) (
+	code Code, reason string, final bool, err error,
+) {
+	code, reason, final, known := classify(failure)
+	if !known {
+		return "", "", false, failure
+	}
+	if reason != ReasonUnknownSession {
+		return code, reason, final, nil
+	}
+	withheld, err := h.store.withheld(ctx, sessionID, sender)
+	if err != nil {
+		return "", "", false, err
+	}
+	if withheld != "" {
+		reason, final = string(withheld), finalWithheld[withheld]
+	}
+	holder, err := h.store.holder(ctx, h.uow.AccountID, sessionID)
+	if err != nil {
+		return "", "", false, err
+	}
+	if holder != nil && holder.roomID != roomID {
+		// Sessions never change their room.
+		reason, final = ReasonWrongRoom, true
+	}
+	return code, reason, final, nil
 }
 
 var errUnbearable = errors.New("mautrix cannot bear the payload")

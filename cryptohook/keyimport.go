@@ -321,7 +321,7 @@ func (h *Hook) mergeExport(ctx context.Context, session *crypto.InboundGroupSess
 // asStored gives the session that arrives, with its better ratchet, as the one that is stored: how that came says more about it.
 func asStored(existing, arrived *crypto.InboundGroupSession) *crypto.InboundGroupSession {
 	merged := *existing
-	merged.Internal = arrived.Internal
+	merged.Internal, merged.KeyBackupVersion = arrived.Internal, arrived.KeyBackupVersion
 	return &merged
 }
 

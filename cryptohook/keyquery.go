@@ -201,6 +201,9 @@ func (h *Hook) storePublished(ctx context.Context, userID id.UserID, answer *key
 		if identity, err = h.mergePublished(ctx, userID, identity, published); err != nil {
 			return err
 		}
+		if err = h.keepObjects(ctx, userID, answer, published); err != nil {
+			return err
+		}
 	}
 	return h.store.rejudge(ctx, identity, anchor, h.clock())
 }
@@ -230,6 +233,17 @@ func (h *Hook) mergePublished(ctx context.Context, userID id.UserID, known *Iden
 		return identity, nil
 	}
 	return identity, h.store.putIdentity(ctx, identity, h.clock())
+}
+
+// keepObjects keeps the cross-signing keys that a user publishes as they were signed. Those that are not valid are left out.
+func (h *Hook) keepObjects(ctx context.Context, userID id.UserID, answer *keyQuery, published *publishedIdentity) error {
+	key := identityKey{
+		masterKey: published.masterKey, masterObject: answer.MasterKeys[userID], selfSigningKey: published.selfSigningKey, seenAt: h.clock(),
+	}
+	if key.selfSigningKey != "" {
+		key.selfSigningObject = answer.SelfSigningKeys[userID]
+	}
+	return h.store.putIdentityKey(ctx, userID, key)
 }
 
 // storeDevices stores the devices that a user publishes, and notes who has signed them: also keys that nobody knows yet, since they may
@@ -283,7 +297,7 @@ func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[i
 		for _, signer := range validSigners(device.raw, device.keys, func(signer id.Ed25519) bool {
 			return !seen[signature{userID, device.identityKey, device.signingKey, signer}]
 		}) {
-			if _, err := h.store.putSignature(ctx, signature{userID, device.identityKey, device.signingKey, signer}); err != nil {
+			if _, err := h.store.putSignature(ctx, signature{userID, device.identityKey, device.signingKey, signer}, device.raw); err != nil {
 				return err
 			}
 		}

@@ -310,6 +310,7 @@ func (h *Hook) keyStored(ctx context.Context, sessionID id.SessionID) error {
 	if err := h.wakeLate(ctx, sessionID); err != nil {
 		return err
 	}
+	notify(h.keeper.wake)
 	h.search.mu.Lock()
 	_, asked := h.search.open[sessionID]
 	h.search.mu.Unlock()

@@ -75,6 +75,10 @@ type Stats struct {
 	QueuedEvents, WaitingEvents int
 	// KeySearches is how many keys are being looked for, PendingUsers how many users' keys are to be asked for.
 	KeySearches, PendingUsers int
+	// KeysToBackUp is how many sessions are to be put into the account's key backup, as of the last batch; 0 while there is none that is
+	// kept: see [Hook.KeepBackup]. BackedUpAt is when the last batch was put there. Zero: none yet.
+	KeysToBackUp int
+	BackedUpAt   time.Time
 	// Events counts those that were handed to handlers, RoomKeys the keys that were stored, and JudgedAgain how often all unproven sessions
 	// of a user were looked at again, since something about the user was learnt.
 	Events, RoomKeys, JudgedAgain uint64
@@ -134,5 +138,9 @@ func (h *Hook) Stats() Stats {
 	stats.QueuedEvents, stats.WaitingEvents = h.inbox.lengths()
 	stats.KeySearches = h.search.length()
 	stats.PendingUsers = h.resolver.length()
+	stats.KeysToBackUp = int(h.keeper.waiting.Load())
+	if ms := h.keeper.uploadedAt.Load(); ms != 0 {
+		stats.BackedUpAt = time.UnixMilli(ms)
+	}
 	return stats
 }

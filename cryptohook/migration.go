@@ -153,7 +153,7 @@ func (h *Hook) legacyClaim(held *heldSession, owners map[deviceKeyPair]id.UserID
 func (h *Hook) claimOwn(claim *SenderData) {
 	claim.Legacy, claim.Sender, claim.DeviceID, claim.State = false, h.client.UserID, h.client.DeviceID, StateDeviceInfo
 	if anchor := h.anchor(); anchor.masterKey != "" {
-		claim.State, claim.MasterKey, claim.signers = StateSenderVerified, anchor.masterKey, []id.Ed25519{anchor.selfSigningKey}
+		claim.State, claim.MasterKey, claim.signers = StateSenderVerified, anchor.masterKey, []signer{{key: anchor.selfSigningKey}}
 	}
 }
 

@@ -471,8 +471,8 @@ func (r *resolver) judged(users []id.UserID, counts map[id.UserID]int) {
 	}
 }
 
-// query asks for the keys of the users in one request. What comes is stored by observeKeyQuery.
-func (r *resolver) query(ctx context.Context, users []id.UserID) {
+// query asks for the keys of the users in one request. What comes is stored by observeKeyQuery. It gives those who were answered about.
+func (r *resolver) query(ctx context.Context, users []id.UserID) (answered map[id.UserID]map[id.DeviceID]*id.Device) {
 	log := zerolog.Ctx(ctx)
 	before := r.attempts(users)
 	answered, err := r.hook.mach.FetchKeys(ctx, users, true)
@@ -491,6 +491,7 @@ func (r *resolver) query(ctx context.Context, users []id.UserID) {
 			log.Err(err).Stringer("user_id", userID).Msg("Failed to sign a pinned master key")
 		}
 	}
+	return answered
 }
 
 func (r *resolver) attempts(users []id.UserID) map[id.UserID]*attempt {

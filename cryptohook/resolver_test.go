@@ -452,11 +452,11 @@ func TestPinIsSignedOnceAndOnlyTheRightKey(t *testing.T) {
 	if count := w.server.count("keys/signatures/upload"); count != 1 {
 		t.Errorf("signed %d times", count)
 	}
-	if standing := w.hook.anchor().judge(must(w.hook.store.identity(w.ctx, "@alice:test"))); standing != standingVerified {
-		t.Errorf("alice's standing is %d", standing)
+	if standing := w.hook.anchor().judge(must(w.hook.store.identity(w.ctx, "@alice:test"))); standing != StandingVerified {
+		t.Errorf("alice's standing is %s", standing)
 	}
-	if standing := w.hook.anchor().judge(must(w.hook.store.identity(w.ctx, "@bob:test"))); standing != standingViolation {
-		t.Errorf("bob's standing is %d", standing)
+	if standing := w.hook.anchor().judge(must(w.hook.store.identity(w.ctx, "@bob:test"))); standing != StandingViolation {
+		t.Errorf("bob's standing is %s", standing)
 	}
 	if !strings.Contains(w.log.String(), "NOT the one that the configuration pins") {
 		t.Error("the log does not say that bob's pin does not fit")
@@ -772,13 +772,13 @@ func TestVerificationIsRefusedForGoodReasons(t *testing.T) {
 	if identity := must(w.hook.store.identity(w.ctx, "@alice:test")); identity.VerifiedBy != "" || w.server.count("keys/signatures/upload") > 0 {
 		t.Errorf("a refused verification has left %+v", identity)
 	}
-	w.wantStanding(alice.owner.userID, standingUnverified)
+	w.wantStanding(alice.owner.userID, StandingUnverified)
 }
 
-func (w *trustWorld) wantStanding(userID id.UserID, want standing) {
+func (w *trustWorld) wantStanding(userID id.UserID, want Standing) {
 	w.t.Helper()
 	if got := w.hook.anchor().judge(must(w.hook.store.identity(w.ctx, userID))); got != want {
-		w.t.Errorf("standing of %s is %d, want %d", userID, got, want)
+		w.t.Errorf("standing of %s is %s, want %s", userID, got, want)
 	}
 }
 

@@ -3,12 +3,12 @@ package cryptohook
 import (
 	"bytes"
 	"context"
+	"database/sql"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"runtime/debug"
-	"slices"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -228,6 +228,7 @@ func (h *Hook) deriveSender(ctx context.Context, session *crypto.InboundGroupSes
 		data: SenderData{
 			SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
 			Sender: olmEvent.Sender, Source: SourceDirect, ReceivedAt: now, UpdatedAt: now,
+			Embedded: sql.NullBool{Bool: olmEvent.SenderDeviceKeys != nil, Valid: true},
 		},
 	}
 	if olmEvent.SenderDeviceKeys != nil {
@@ -337,7 +338,7 @@ func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
 // case that they turn out to be the user's; until then they prove nothing, and a sender can make up as many as there are messages.
 func (h *Hook) proves(ctx context.Context, claim *SenderData) (bool, error) {
 	identity, err := h.store.identity(ctx, claim.Sender)
-	return identity != nil && slices.Contains(claim.signers, identity.SelfSigningKey), err
+	return identity != nil && isSigner(claim.signers, identity.SelfSigningKey), err
 }
 
 // otherClaim is what is known of the sender of a session that did not come in an m.room_key: nothing, unless we made it.

@@ -244,7 +244,7 @@ func (w *scaleWorld) fill() (claims []*SenderData, learn func()) {
 					if err := w.store.putDevice(ctx, p.userID, device.deviceID, device.senderKey(), device.signingKey(), p.published[i]); err != nil {
 						return err
 					}
-					if _, err := w.store.putSignature(ctx, signature{p.userID, device.senderKey(), device.signingKey(), p.selfSigningKey()}); err != nil {
+					if _, err := w.store.putSignature(ctx, signature{p.userID, device.senderKey(), device.signingKey(), p.selfSigningKey()}, p.published[i]); err != nil {
 						return err
 					}
 				}

@@ -3,8 +3,6 @@ package cryptohook
 import (
 	"database/sql"
 	"maps"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -14,31 +12,17 @@ import (
 // A database of every earlier version becomes the same as a new one, and keeps what it knows.
 func TestSchemaIsUpgradedFromEveryVersion(t *testing.T) {
 	fresh := newTestStore(t)
-	at := filepath.Join(t.TempDir(), "old.db")
-	if onPostgres {
-		at = must(thePostgres(t).NewDatabase(t.Context()))
-	}
-	db := must(openDatabase("sqlite3-fk-wal", at))
-	defer db.Close()
-	old := newStore(db, dbutil.NoopLogger)
-	exec := func(statement string, args ...any) {
-		t.Helper()
-		if _, err := old.Exec(t.Context(), statement, args...); err != nil {
-			t.Fatal(err)
+	old := upgradedFrom(t, 1, func(exec func(statement string, args ...any)) {
+		for _, row := range [][]any{{"proven", "@a:test", "k1", "sender_unverified", "M"}, {"known", "@a:test", "k1", "device_info", ""}, {"conflict", "@b:test", "k2", "unknown_device", ""}, {"conflict", "@a:test", "k1", "sender_verified", "M"}} {
+			exec(`INSERT INTO sendertrust_session VALUES ($1, $3, 'e', '!room', $2, 'direct', false, $4, '', 'D', $5, NULL, 3, 7, 8, 9)`, row...)
 		}
-	}
-	exec(string(must(os.ReadFile("testdata/schema/v1.sql"))))
-	exec("CREATE TABLE " + versionTable + " (version INTEGER, compat INTEGER)")
-	exec("INSERT INTO " + versionTable + " VALUES (1, 1)")
-	for _, row := range [][]any{{"proven", "@a:test", "k1", "sender_unverified", "M"}, {"known", "@a:test", "k1", "device_info", ""}, {"conflict", "@b:test", "k2", "unknown_device", ""}, {"conflict", "@a:test", "k1", "sender_verified", "M"}} {
-		exec(`INSERT INTO sendertrust_session VALUES ($1, $3, 'e', '!room', $2, 'direct', false, $4, '', 'D', $5, NULL, 3, 7, 8, 9)`, row...)
-	}
-	exec(`INSERT INTO sendertrust_identity VALUES ('@a:test', 'M', 'M', 'S', '', false, 5)`)
-	if err := old.Upgrade(t.Context()); err != nil {
-		t.Fatal(err)
-	}
-	if got, want := schemaOf(t, old), schemaOf(t, fresh); !maps.Equal(got, want) {
-		t.Errorf("upgraded:\n%s\nnew:\n%s", rawJSON(got), rawJSON(want))
+		exec(`INSERT INTO sendertrust_identity VALUES ('@a:test', 'M', 'M', 'S', '', false, 5)`)
+	})
+	fromLast := upgradedFrom(t, 2, func(func(string, ...any)) {})
+	for _, upgraded := range []*store{old, fromLast} {
+		if got, want := schemaOf(t, upgraded), schemaOf(t, fresh); !maps.Equal(got, want) {
+			t.Errorf("upgraded:\n%s\nnew:\n%s", rawJSON(got), rawJSON(want))
+		}
 	}
 	claims := must(old.claims(t.Context(), "conflict"))
 	if len(claims) != 2 || claims[0].Sender != "@a:test" || claims[0].MasterKey != "M" || claims[1].RetryCount != 3 || claims[1].NextRetry.UnixMilli() != 7 {

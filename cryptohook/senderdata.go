@@ -1,7 +1,9 @@
 package cryptohook
 
 import (
+	"database/sql"
 	"encoding/json"
+	"slices"
 	"time"
 
 	"maunium.net/go/mautrix"
@@ -102,6 +104,8 @@ type SenderData struct {
 	MasterKey id.Ed25519
 	// DeviceKeys is the device keys object with its signatures, kept only while the device is not proven.
 	DeviceKeys json.RawMessage
+	// Embedded says whether the message that brought the key held the device's keys (MSC4147), where that is recorded.
+	Embedded sql.NullBool
 
 	RetryCount int
 	// NextRetry is when the resolver looks again; zero when nothing is scheduled.
@@ -110,7 +114,17 @@ type SenderData struct {
 	UpdatedAt  time.Time
 
 	// signers are the keys whose signatures on the device keys were checked on the way, to be noted with the row.
-	signers []id.Ed25519
+	signers []signer
+}
+
+// signer is a key that has signed a device, and the device keys object that its signature is in, if that is at hand.
+type signer struct {
+	key    id.Ed25519
+	object json.RawMessage
+}
+
+func isSigner(signers []signer, key id.Ed25519) bool {
+	return slices.ContainsFunc(signers, func(s signer) bool { return s.key == key })
 }
 
 // awaitsFirstLook says that the sender's keys are about to be asked for and never were: the state may change at once.

@@ -184,7 +184,11 @@ func stepJ(_ context.Context, d *derivation) (step, error) {
 	d.data.MasterKey = d.identity.MasterKey
 	d.data.DeviceKeys, d.data.NextRetry, d.data.RetryCount = nil, time.Time{}, 0
 	d.data.Legacy = false
-	d.data.signers = []id.Ed25519{d.identity.SelfSigningKey}
+	proof := signer{key: d.identity.SelfSigningKey}
+	if d.signedByKnownKey() {
+		proof.object = d.raw
+	}
+	d.data.signers = []signer{proof}
 	return nil, nil
 }
 
@@ -216,9 +220,9 @@ func (d *derivation) noteSigners() {
 	if d.boundKeys == nil {
 		return
 	}
-	d.data.signers = append(d.data.signers, validSigners(d.bound, d.boundKeys, func(signer id.Ed25519) bool {
-		return !slices.Contains(d.data.signers, signer)
-	})...)
+	for _, key := range validSigners(d.bound, d.boundKeys, func(key id.Ed25519) bool { return !isSigner(d.data.signers, key) }) {
+		d.data.signers = append(d.data.signers, signer{key, d.bound})
+	}
 }
 
 // signedByKnownKey says that the device keys name the self-signing key that we know as a signer. Whether the signature is

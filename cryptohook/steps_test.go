@@ -170,7 +170,7 @@ func (w *stepWorld) see(word string) {
 	if signer == "" {
 		w.t.Fatalf("unknown word %q", word)
 	}
-	_, err := w.store.putSignature(w.t.Context(), signature{w.alice.userID, w.device.senderKey(), w.device.signingKey(), signer})
+	_, err := w.store.putSignature(w.t.Context(), signature{w.alice.userID, w.device.senderKey(), w.device.signingKey(), signer}, nil)
 	if err != nil {
 		w.t.Fatal(err)
 	}

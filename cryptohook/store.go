@@ -58,7 +58,7 @@ func ignoreNoRows(err error) error {
 const (
 	selectSession = `
 		SELECT session_id, sender_key, signing_key, room_id, sender, source, legacy_session, state, reason, device_id,
-		       master_key, device_keys, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
+		       master_key, device_keys, embedded, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
 		FROM sendertrust_session
 	`
 	getClaimsQuery     = selectSession + `WHERE session_id=$1 ORDER BY received_at_ms, sender_key`
@@ -75,11 +75,12 @@ const (
 	upsertClaimQuery = `
 		INSERT INTO sendertrust_claim (
 			session_id, sender_id, room_id, source, legacy_session, state, reason, device_id,
-			master_key, device_keys, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
-		) VALUES ($1, ` + senderOfClaim + `, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16)
+			master_key, device_keys, embedded, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
+		) VALUES ($1, ` + senderOfClaim + `, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
 		ON CONFLICT (session_id, sender_id) DO UPDATE SET
 			room_id=excluded.room_id, source=excluded.source, legacy_session=excluded.legacy_session, state=excluded.state,
-			reason=excluded.reason, device_id=excluded.device_id, master_key=excluded.master_key, device_keys=excluded.device_keys, retry_count=excluded.retry_count,
+			reason=excluded.reason, device_id=excluded.device_id, master_key=excluded.master_key, device_keys=excluded.device_keys,
+			embedded=excluded.embedded, retry_count=excluded.retry_count,
 			next_retry_time_ms=excluded.next_retry_time_ms, updated_at_ms=excluded.updated_at_ms
 	`
 	senderOfClaim    = `(SELECT id FROM sendertrust_sender WHERE user_id=$2 AND identity_key=$3 AND signing_key=$4)`
@@ -95,7 +96,7 @@ func scanSession(row dbutil.Scannable) (*SenderData, error) {
 	var received, updated int64
 	err := row.Scan(
 		&sd.SessionID, &sd.SenderKey, &sd.SigningKey, &sd.RoomID, &sd.Sender, &sd.Source, &sd.Legacy, &sd.State, &sd.Reason, &sd.DeviceID,
-		&sd.MasterKey, &deviceKeys, &sd.RetryCount, &nextRetry, &received, &updated,
+		&sd.MasterKey, &deviceKeys, &sd.Embedded, &sd.RetryCount, &nextRetry, &received, &updated,
 	)
 	if err != nil {
 		return nil, err
@@ -145,27 +146,27 @@ const claimsPerStatement = 500
 
 var insertClaims = dbutil.NewMassInsertBuilder[*SenderData, [0]any](
 	strings.Replace(upsertClaimQuery, senderOfClaim, "$2, $3, $4", 1),
-	"($%d, (SELECT id FROM sendertrust_sender WHERE user_id=$%d AND identity_key=$%d AND signing_key=$%d), $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d)")
+	"($%d, (SELECT id FROM sendertrust_sender WHERE user_id=$%d AND identity_key=$%d AND signing_key=$%d), $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d)")
 
 // GetMassInsertValues implements [dbutil.MassInsertable].
-func (sd *SenderData) GetMassInsertValues() [16]any {
-	return [16]any{
+func (sd *SenderData) GetMassInsertValues() [17]any {
+	return [17]any{
 		sd.SessionID, sd.Sender, sd.SenderKey, sd.SigningKey, sd.RoomID, sd.Source, sd.Legacy, sd.State, sd.Reason, sd.DeviceID,
-		sd.MasterKey, dbutil.StrPtr(string(sd.DeviceKeys)), sd.RetryCount, dbutil.UnixMilliPtr(sd.NextRetry), sd.ReceivedAt.UnixMilli(), sd.UpdatedAt.UnixMilli(),
+		sd.MasterKey, dbutil.StrPtr(string(sd.DeviceKeys)), sd.Embedded, sd.RetryCount, dbutil.UnixMilliPtr(sd.NextRetry), sd.ReceivedAt.UnixMilli(), sd.UpdatedAt.UnixMilli(),
 	}
 }
 
 // putClaims stores claims of different sessions or devices.
 func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
-	news := make(map[signature]struct{})
+	news := make(map[signature]json.RawMessage)
 	for _, sd := range claims {
-		news[signature{sd.Sender, sd.SenderKey, sd.SigningKey, ""}] = struct{}{}
+		news[signature{sd.Sender, sd.SenderKey, sd.SigningKey, ""}] = nil
 		for _, signer := range sd.signers {
-			news[signature{sd.Sender, sd.SenderKey, sd.SigningKey, signer}] = struct{}{}
+			news[signature{sd.Sender, sd.SenderKey, sd.SigningKey, signer.key}] = signer.object
 		}
 	}
-	for proof := range news {
-		if _, err := s.putSignature(ctx, proof); err != nil {
+	for proof, object := range news {
+		if _, err := s.putSignature(ctx, proof, object); err != nil {
 			return err
 		}
 	}
@@ -201,7 +202,7 @@ func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderDat
 		}
 		merged.ReceivedAt = stored.ReceivedAt
 	}
-	if _, err = s.putSignature(ctx, signature{userID: merged.Sender, senderKey: merged.SenderKey, signingKey: merged.SigningKey}); err != nil {
+	if _, err = s.putSignature(ctx, signature{userID: merged.Sender, senderKey: merged.SenderKey, signingKey: merged.SigningKey}, nil); err != nil {
 		return nil, err
 	}
 	return merged, s.upsertClaims(ctx, []*SenderData{merged})

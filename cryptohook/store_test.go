@@ -38,8 +38,13 @@ var everyQuery = map[string]string{
 	"upsertBundleQuery": upsertBundleQuery, "trimBundlesOfQuery": trimBundlesOfQuery, "trimBundlesQuery": trimBundlesQuery,
 	"getBundlesQuery": getBundlesQuery, "deleteBundleQuery": deleteBundleQuery, "pruneBundlesQuery": pruneBundlesQuery,
 	"upsertInviteQuery": upsertInviteQuery, "getInviterQuery": getInviterQuery, "getInvitesQuery": getInvitesQuery, "pruneInvitesQuery": pruneInvitesQuery,
-	"getSourceUserQuery": getSourceUserQuery,
-	"isKnownQuery":       isKnownQuery, "newestEventQuery": newestEventQuery, "insertHistoryQuery": insertHistoryQuery, "hastenQuery": hastenQuery,
+	"getSourceUserQuery":     getSourceUserQuery,
+	"upsertIdentityKeyQuery": upsertIdentityKeyQuery, "trimIdentityKeysQuery": trimIdentityKeysQuery, "getIdentityKeysQuery": getIdentityKeysQuery,
+	"getSignedObjectsQuery": getSignedObjectsQuery, "getPublishedDevicesQuery": getPublishedDevicesQuery, "getRoomEncryptedQuery": getRoomEncryptedQuery,
+	"getDeviceReportsQuery": getDeviceReportsQuery, "getIdentitiesQuery": getIdentitiesQuery, "countDevicesQuery": countDevicesQuery,
+	"getOutdatedOfQuery": getOutdatedOfQuery,
+	"getToBackUpQuery":   getToBackUpQuery, "countToBackUpQuery": countToBackUpQuery, "noteBackedUpQuery": noteBackedUpQuery,
+	"isKnownQuery": isKnownQuery, "newestEventQuery": newestEventQuery, "insertHistoryQuery": insertHistoryQuery, "hastenQuery": hastenQuery,
 	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "getMessageIndexQuery": getMessageIndexQuery,
 	"insertMessageIndexQuery": insertMessageIndexQuery,
 	"getOwnPicklesQuery":      getOwnPicklesQuery, "getSomePicklesQuery": getSomePicklesQuery, "getSecretQuery": getSecretQuery,
@@ -179,7 +184,7 @@ func TestProvenRowsAreJudgedByTheIdentityOfToday(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, signer := range signers {
-			if _, err := s.putSignature(ctx, signature{sender, senderKey, "e", signer}); err != nil {
+			if _, err := s.putSignature(ctx, signature{sender, senderKey, "e", signer}, nil); err != nil {
 				t.Fatal(err)
 			}
 		}

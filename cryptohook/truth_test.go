@@ -206,6 +206,7 @@ func (w *truthWorld) expect(when string, before State, want string) State {
 	if seen.verdict.Code != Code(code) {
 		w.t.Errorf("%s: code %s, want %s", when, seen.verdict.Code, code)
 	}
+	w.examineAsWell(when, evt, seen.verdict)
 	w.review(when, seen.verdict)
 	return row.State
 }

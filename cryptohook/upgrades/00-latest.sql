@@ -1,4 +1,4 @@
--- v0 -> v2: Latest revision
+-- v0 -> v3: Latest revision
 
 -- The devices that sessions came from, or that somebody has signed, by their keys: a device ID may be used again.
 CREATE TABLE sendertrust_sender (
@@ -25,6 +25,7 @@ CREATE TABLE sendertrust_claim (
 	device_id          TEXT    NOT NULL,
 	master_key         TEXT    NOT NULL,
 	device_keys        TEXT,             -- JSON, only while the device is not proven, and if it names a signer who has not signed it
+	embedded           BOOLEAN,          -- the message that brought the key held the device's keys (MSC4147); null: that is not recorded
 	retry_count        INTEGER NOT NULL,
 	next_retry_time_ms BIGINT,           -- null: nothing is scheduled
 	received_at_ms     BIGINT  NOT NULL,
@@ -38,7 +39,7 @@ CREATE INDEX sendertrust_claim_sender_idx ON sendertrust_claim (sender_id, state
 -- The same to read, with what is known of the sender.
 CREATE VIEW sendertrust_session AS
 	SELECT session_id, identity_key AS sender_key, signing_key, room_id, user_id AS sender, source, legacy_session, state, reason, device_id,
-	       master_key, device_keys, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
+	       master_key, device_keys, embedded, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
 	FROM sendertrust_claim JOIN sendertrust_sender ON sendertrust_sender.id=sendertrust_claim.sender_id;
 
 -- The cross-signing identity of each user, with the signatures checked before the row was written.
@@ -53,6 +54,19 @@ CREATE TABLE sendertrust_identity (
 	updated_at_ms    BIGINT  NOT NULL
 );
 CREATE INDEX sendertrust_identity_verified_idx ON sendertrust_identity (user_id) WHERE verified_by<>'' OR pinned_key<>'';
+
+-- The master keys that a user was seen to publish, with the objects as they were signed. The first one, today's and the newest others are kept.
+CREATE TABLE sendertrust_identity_key (
+	user_id             TEXT   NOT NULL,
+	master_key          TEXT   NOT NULL,
+	seen_at_ms          BIGINT NOT NULL, -- when first; 0: before that was recorded
+	master_object       TEXT,            -- JSON; null: it is too long, or was seen before that was recorded
+	self_signing_key    TEXT   NOT NULL, -- the last one that the master key has signed; empty: none was seen
+	self_signing_object TEXT,            -- JSON, as above
+
+	PRIMARY KEY (user_id, master_key)
+);
+CREATE INDEX sendertrust_identity_key_seen_idx ON sendertrust_identity_key (user_id, seen_at_ms, master_key);
 
 -- The master keys that our signatures no longer count for: the user's verification was withdrawn while they were in use.
 CREATE TABLE sendertrust_withdrawal (
@@ -80,6 +94,7 @@ CREATE INDEX sendertrust_device_key_idx ON sendertrust_device (user_id, identity
 CREATE TABLE sendertrust_signature (
 	sender_id        BIGINT NOT NULL,
 	self_signing_key TEXT   NOT NULL,
+	device_keys      TEXT,            -- JSON that the signature is in; null: that is not kept
 
 	PRIMARY KEY (sender_id, self_signing_key)
 );
