@@ -15,7 +15,6 @@ import (
 	"maunium.net/go/mautrix/crypto/signatures"
 	"maunium.net/go/mautrix/crypto/ssss"
 	"maunium.net/go/mautrix/crypto/utils"
-	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 
 	"sendertrust/cryptohook"
@@ -216,17 +215,21 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	// storage is the account's secret storage, if the recovery key is at hand.
+	var storage *ssss.Key
+	keep := b.hook.KeepBackup
 	switch {
 	case exists && known && b.ownMasterKey() == masterKey:
 	case !exists && had && !b.config.Account.ResetIdentity:
 		// Identities are replaced, but do not go away. A server that is faulty, or lies, is not to make the bot replace its own.
 		return fmt.Errorf("the homeserver shows no encryption identity for %s any more, and did before: not making another one; ask its administrator, or set account.reset_identity to true if the identity is really lost", b.client.UserID)
 	case !exists || b.config.Account.ResetIdentity:
-		if err = b.makeIdentity(ctx); err != nil {
+		if storage, err = b.makeIdentity(ctx); err != nil {
 			return err
 		}
+		keep = b.hook.RenewBackup
 	case b.hasRecoveryKey():
-		if err = b.restoreIdentity(ctx, masterKey); err != nil {
+		if storage, err = b.restoreIdentity(ctx, masterKey); err != nil {
 			return err
 		}
 	case known:
@@ -234,12 +237,12 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 	default:
 		return setupError("the account %s has an encryption identity (master key %s) whose secret keys the bot does not have: write its recovery key into account.recovery_key, or set account.reset_identity to true to replace it (then everybody who verified the account has to verify it anew)", b.client.UserID, masterKey)
 	}
-	if b.hasRecoveryKey() {
-		if err = b.restoreBackupKey(ctx); err != nil {
-			b.log.Warn().Err(err).Msg("Not looking for missing keys in the account's key backup")
-		}
+	if err = b.signOwnDevice(ctx); err != nil {
+		return err
 	}
-	return b.signOwnDevice(ctx)
+	b.keepBackup(ctx, storage, keep)
+	b.tellOfOtherDevices(ctx)
+	return nil
 }
 
 func (b *Bot) hasRecoveryKey() bool {
@@ -289,74 +292,59 @@ func (b *Bot) openSecrets(ctx context.Context) (*ssss.Key, error) {
 	return key, nil
 }
 
-// restoreBackupKey gets the key of the account's key backup from the secret storage, at every start: another device may have made the
-// backup since. Without it the bot works as well; it just cannot look up keys that it misses.
-func (b *Bot) restoreBackupKey(ctx context.Context) error {
-	key, err := b.openSecrets(ctx)
-	if err != nil {
-		return err
-	}
-	backupKey, err := b.hook.Machine().SSSS.GetDecryptedAccountData(ctx, event.AccountDataMegolmBackupKey, key)
-	if errors.Is(err, mautrix.MNotFound) {
-		return nil
-	} else if err != nil {
-		return fmt.Errorf("failed to fetch the key of the key backup: %w", err)
-	}
-	return b.hook.SetBackupKey(ctx, backupKey)
-}
-
-// restoreIdentity gets the secret keys of the identity that the account has, by its recovery key.
-func (b *Bot) restoreIdentity(ctx context.Context, masterKey id.Ed25519) error {
+// restoreIdentity gets the secret keys of the identity that the account has, by its recovery key, and gives the secret storage that
+// they were in.
+func (b *Bot) restoreIdentity(ctx context.Context, masterKey id.Ed25519) (*ssss.Key, error) {
 	mach := b.hook.Machine()
 	key, err := b.openSecrets(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err = mach.FetchCrossSigningKeysFromSSSS(ctx, key); err != nil {
-		return fmt.Errorf("failed to fetch the identity's secret keys: %w", err)
+		return nil, fmt.Errorf("failed to fetch the identity's secret keys: %w", err)
 	}
 	if b.ownMasterKey() != masterKey {
-		return setupError("account.recovery_key: it belongs to another identity (master key %s) than the account has now (%s): somebody has reset the account's identity since. If it was you, write the new recovery key there. If not: change the account's password, log out every device of it that is not yours, set account.reset_identity to true, and tell the people in the bot's rooms", b.ownMasterKey(), masterKey)
+		return nil, setupError("account.recovery_key: it belongs to another identity (master key %s) than the account has now (%s): somebody has reset the account's identity since. If it was you, write the new recovery key there. If not: change the account's password, log out every device of it that is not yours, set account.reset_identity to true, and tell the people in the bot's rooms", b.ownMasterKey(), masterKey)
 	}
 	if err = b.storeSeeds(ctx, mach.CrossSigningKeys); err != nil {
-		return err
+		return nil, err
 	}
 	b.log.Info().Stringer("master_key", masterKey).Msg("Restored the bot's identity by its recovery key")
-	return nil
+	return key, nil
 }
 
 // makeIdentity makes a new cross-signing identity. Its secret keys are safe here, and its recovery key is told, before anything
-// of it is published: a crash in between can be gone on from.
-func (b *Bot) makeIdentity(ctx context.Context) error {
+// of it is published: a crash in between can be gone on from. It gives the secret storage that they are in.
+func (b *Bot) makeIdentity(ctx context.Context) (*ssss.Key, error) {
 	mach := b.hook.Machine()
 	key, err := b.makeSecretStorage(ctx)
 	if err != nil {
-		return fmt.Errorf("failed to make a secret storage: %w", err)
+		return nil, fmt.Errorf("failed to make a secret storage: %w", err)
 	}
 	keys, err := mach.GenerateCrossSigningKeys()
 	if err != nil {
-		return fmt.Errorf("failed to make cross-signing keys: %w", err)
+		return nil, fmt.Errorf("failed to make cross-signing keys: %w", err)
 	}
 	if err = mach.UploadCrossSigningKeysToSSSS(ctx, key, keys); err != nil {
-		return fmt.Errorf("failed to store the identity's secret keys on the server: %w", err)
+		return nil, fmt.Errorf("failed to store the identity's secret keys on the server: %w", err)
 	}
 	if err = b.tellRecoveryKey(key.RecoveryKey()); err != nil {
-		return err
+		return nil, err
 	}
 	if err = b.storeSeeds(ctx, keys); err != nil {
-		return err
+		return nil, err
 	}
 	if err = mach.SSSS.SetDefaultKeyID(ctx, key.ID); err != nil {
-		return fmt.Errorf("failed to make the secret storage the default: %w", err)
+		return nil, fmt.Errorf("failed to make the secret storage the default: %w", err)
 	}
 	err = mach.PublishCrossSigningKeys(ctx, keys, b.confirmByPassword)
 	if isUnauthorized(err) && b.config.Account.Password == "" {
-		return setupError("account.password: the homeserver wants the password before it takes a new identity; give it once, together with the token")
+		return nil, setupError("account.password: the homeserver wants the password before it takes a new identity; give it once, together with the token")
 	} else if err != nil {
-		return fmt.Errorf("failed to publish the bot's identity: %w", err)
+		return nil, fmt.Errorf("failed to publish the bot's identity: %w", err)
 	}
 	b.log.Info().Stringer("master_key", keys.MasterKey.PublicKey()).Msg("Made a new identity for the bot")
-	return nil
+	return key, nil
 }
 
 // makeSecretStorage makes one that the recovery key in the configuration opens, if there is one: it may have been written there before a

@@ -28,6 +28,7 @@ type keyBackup struct {
 var (
 	errBackupKey      = errors.New("the key of the backup is not readable")
 	errBackupEntry    = fmt.Errorf("%w: the backup's entry cannot be decrypted", errBadExport)
+	errBackupVersion  = errors.New("the homeserver's answer about the key backup names no version of it")
 	errOthersBackup   = errors.New("the newest key backup is not the one that we have the key of")
 	errOtherAlgorithm = errors.New("the newest key backup has an algorithm that is not known")
 )
@@ -43,8 +44,8 @@ func (h *Hook) SetBackupKey(ctx context.Context, key []byte) error {
 	})
 }
 
-// openBackup gives the newest version of the backup, or nil when there is none that is ours.
-func (h *Hook) openBackup(ctx context.Context) (*keyBackup, error) {
+// backupKey gives the private key of the backup as it is stored here, or nil.
+func (h *Hook) backupKey(ctx context.Context) (*backup.MegolmBackupKey, error) {
 	secret, err := h.uow.GetSecret(ctx, id.SecretMegolmBackupV1)
 	if err != nil || secret == "" {
 		return nil, err
@@ -57,6 +58,17 @@ func (h *Hook) openBackup(ctx context.Context) (*keyBackup, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %w", errBackupKey, err)
 	}
+	return key, nil
+}
+
+// backupVersion is a version of the account's key backup as the homeserver tells of it.
+type backupVersion = mautrix.RespRoomKeysVersion[backup.MegolmAuthData]
+
+// longestBackupVersion is more than any homeserver needs for the name of a version.
+const longestBackupVersion = 255
+
+// newestBackup asks for the newest version of the backup, whoever has made it. Nil: there is none.
+func (h *Hook) newestBackup(ctx context.Context) (*backupVersion, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	newest, err := h.client.GetKeyBackupLatestVersion(ctx)
@@ -65,14 +77,38 @@ func (h *Hook) openBackup(ctx context.Context) (*keyBackup, error) {
 		return nil, nil
 	case err != nil:
 		return nil, fmt.Errorf("failed to ask for the newest key backup: %w", err)
+	case newest == nil || newest.Version == "" || len(newest.Version) > longestBackupVersion:
+		return nil, errBackupVersion
+	}
+	return newest, nil
+}
+
+// publicKeyOf is the public key of a backup as its auth_data has it.
+func publicKeyOf(key *backup.MegolmBackupKey) id.Ed25519 {
+	return id.Ed25519(base64.RawStdEncoding.EncodeToString(key.PublicKey().Bytes()))
+}
+
+// isOf says whether a version is that of a private key. One with an algorithm that we do not know is nobody's.
+func isOf(version *backupVersion, key *backup.MegolmBackupKey) bool {
+	return key != nil && version.Algorithm == id.KeyBackupAlgorithmMegolmBackupV1 && version.AuthData.PublicKey == publicKeyOf(key)
+}
+
+// openBackup gives the newest version of the backup, or nil when there is none that is ours.
+func (h *Hook) openBackup(ctx context.Context) (*keyBackup, error) {
+	key, err := h.backupKey(ctx)
+	if err != nil || key == nil {
+		return nil, err
+	}
+	newest, err := h.newestBackup(ctx)
+	switch {
+	case err != nil || newest == nil:
+		return nil, err
+	case isOf(newest, key):
+		return &keyBackup{newest.Version, key}, nil
 	}
 	fault := errOthersBackup
-	switch {
-	case newest == nil:
-	case newest.Algorithm != id.KeyBackupAlgorithmMegolmBackupV1:
+	if newest.Algorithm != id.KeyBackupAlgorithmMegolmBackupV1 {
 		fault = errOtherAlgorithm
-	case newest.AuthData.PublicKey.String() == base64.RawStdEncoding.EncodeToString(key.PublicKey().Bytes()):
-		return &keyBackup{newest.Version, key}, nil
 	}
 	zerolog.Ctx(ctx).Warn().Err(fault).Msg("Not looking for keys in the backup")
 	return nil, nil
