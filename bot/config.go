@@ -33,11 +33,16 @@ import (
 // Postgres is the value of database.type for a PostgreSQL server.
 const Postgres = "postgres"
 
-// The values of annotate.mode that this version knows.
+// The values of annotate.mode.
 const (
 	ModeReply    = "reply"    // every message is answered
 	ModeWarnings = "warnings" // only messages with a warning are answered
+	ModeReaction = "reaction" // every message gets a reaction
+	ModeCommand  = "command"  // only who asks is answered
 )
+
+// Modes are all of them.
+var Modes = []string{ModeReply, ModeWarnings, ModeReaction, ModeCommand}
 
 // The values of annotate.shields: whether a sender who is not verified is shown without a warning.
 const (
@@ -89,8 +94,11 @@ type Config struct {
 	} `yaml:"invites"`
 
 	Annotate struct {
-		Mode    string `yaml:"mode"`    // ModeReply or ModeWarnings
+		Mode    string `yaml:"mode"`    // one of Modes: see Bot.mode
 		Shields string `yaml:"shields"` // ShieldsLax or ShieldsStrict
+		// Language is one of Languages, and so are those of the rooms that have another one.
+		Language      string               `yaml:"language"`
+		RoomLanguages map[id.RoomID]string `yaml:"room_languages"`
 	} `yaml:"annotate"`
 
 	Trust struct {
@@ -133,6 +141,7 @@ func defaultConfig() *Config {
 	c.Encryption.Wait = 25 * time.Second
 	c.Annotate.Mode = ModeReply
 	c.Annotate.Shields = ShieldsLax
+	c.Annotate.Language = Languages[0]
 	c.Trust.Requirement = "untrusted"
 	c.Limits.AnswersPerSender, c.Limits.AnswersPerRoom, c.Limits.EditsPerRoom = 60, 300, 10
 	c.Limits.InvitesPerSender, c.Limits.Invites = 100, 60
@@ -279,8 +288,9 @@ func (r *configReader) validate() {
 	for _, pattern := range c.Invites.Allow {
 		r.checkInviteGlob(pattern)
 	}
-	r.checkMode()
+	r.checkChoice("annotate.mode", c.Annotate.Mode, Modes...)
 	r.checkChoice("annotate.shields", c.Annotate.Shields, ShieldsLax, ShieldsStrict)
+	r.checkLanguages()
 	r.checkChoice("trust.requirement", c.Trust.Requirement, "untrusted", "cross_signed_or_legacy", "cross_signed")
 	for _, user := range c.Trust.Operators {
 		r.checkUserID("trust.operators", user)
@@ -476,14 +486,25 @@ func (r *configReader) checkInviteGlob(pattern string) {
 	}
 }
 
-func (r *configReader) checkMode() {
-	switch mode := r.config.Annotate.Mode; mode {
-	case ModeReply, ModeWarnings:
-	case "reaction", "command":
-		r.fault("annotate.mode", "%q is not available in this version; use reply or warnings", mode)
-	default:
-		r.checkChoice("annotate.mode", mode, ModeReply, ModeWarnings)
+func (r *configReader) checkLanguages() {
+	r.checkChoice("annotate.language", r.config.Annotate.Language, Languages...)
+	const key = "annotate.room_languages"
+	rooms := r.config.Annotate.RoomLanguages
+	for _, roomID := range slices.Sorted(maps.Keys(rooms)) {
+		if !isRoomID(roomID) {
+			r.fault(key, "%s is not the ID of a room; write for example !abcdefg:example.com, as the room's settings show it", quoteValue(string(roomID)))
+		}
+		if !slices.Contains(Languages, rooms[roomID]) {
+			r.fault(key, "%s is not one of the languages; write %s", quoteValue(rooms[roomID]), strings.Join(Languages, " or "))
+		}
 	}
+}
+
+// isRoomID says whether a room can have such an ID. Newer ones name no server.
+// https://spec.matrix.org/v1.16/appendices/#room-ids
+func isRoomID(roomID id.RoomID) bool {
+	opaque, isRoom := strings.CutPrefix(string(roomID), "!")
+	return isRoom && opaque != "" && opaque[0] != ':' && len(roomID) <= 255 && utf8.ValidString(opaque) && !strings.ContainsAny(opaque, " \t\r\n\x00")
 }
 
 func (r *configReader) checkChoice(key, value string, choices ...string) {

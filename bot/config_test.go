@@ -41,6 +41,8 @@ invites:
 annotate:
     mode: reply
     shields: lax
+    language: en
+    room_languages: {}
 trust:
     requirement: untrusted
     operators: []
@@ -166,11 +168,11 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"required key misspelled": {"address:", "adress:", "config.yaml: line 2: homeserver.adress: is not a known key; did you mean homeserver.address?"},
 		"key in wrong section":    {"invites:\n", "invites:\n    pickle_key: x\n", "config.yaml: line 17: invites.pickle_key: is not a known key; did you mean encryption.pickle_key?"},
 		"key without section":     {"invites:\n", "user_id: x\ninvites:\n", "config.yaml: line 16: user_id: is not a known key; did you mean account.user_id?"},
-		"unknown logging key":     {"min_level: info", "min_lvel: info", "config.yaml: line 41: logging.min_lvel: is not a known key; did you mean logging.min_level?"},
-		"unknown writer key":      {"writers: []", "writers: [{typ: stdout, type: stdout}]", "config.yaml: line 42: logging.writers.typ: is not a known key; did you mean logging.writers.type?"},
+		"unknown logging key":     {"min_level: info", "min_lvel: info", "config.yaml: line 43: logging.min_lvel: is not a known key; did you mean logging.min_level?"},
+		"unknown writer key":      {"writers: []", "writers: [{typ: stdout, type: stdout}]", "config.yaml: line 44: logging.writers.typ: is not a known key; did you mean logging.writers.type?"},
 		"duplicate key":           {"    shields: lax", "    shields: lax\n    mode: reply", "config.yaml: line 21: annotate.mode: is there twice, first on line 19; remove one of the two"},
-		"duplicate section":       {"logging:", "invites:\n    allow: []\nlogging:", "config.yaml: line 40: invites: is there twice, first on line 16; remove one of the two"},
-		"duplicate pin":           {"verified_users: {}", `verified_users: {"@a:b": "` + masterKey + `", "@a:b": "` + masterKey + `"}`, "config.yaml: line 24: trust.verified_users: has an entry twice, first on line 24; remove one of the two"},
+		"duplicate section":       {"logging:", "invites:\n    allow: []\nlogging:", "config.yaml: line 42: invites: is there twice, first on line 16; remove one of the two"},
+		"duplicate pin":           {"verified_users: {}", `verified_users: {"@a:b": "` + masterKey + `", "@a:b": "` + masterKey + `"}`, "config.yaml: line 26: trust.verified_users: has an entry twice, first on line 26; remove one of the two"},
 
 		"list for text":        {"password: hunter2\n", "password: [hunter2]\n", "config.yaml: line 5: account.password: is a list; write text"},
 		"section for text":     {"password: hunter2\n", "password: {hunter2: 1}\n", "config.yaml: line 5: account.password: is a section with keys of its own; write text"},
@@ -178,13 +180,13 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"list for bool":        {"reset_identity: false", "reset_identity: []", "config.yaml: line 9: account.reset_identity: is a list; write true or false"},
 		"text for list":        {`allow: ["@*:localhost"]`, `allow: "@*:localhost"`, "config.yaml: line 17: invites.allow: is a single value; write a list, for example [a, b]"},
 		"section in list":      {`allow: ["@*:localhost"]`, `allow: [{a: b}]`, "config.yaml: line 17: invites.allow: is a section with keys of its own; write text"},
-		"list for map":         {"verified_users: {}", "verified_users: []", `config.yaml: line 24: trust.verified_users: is a list; write lines of the form "key: value"`},
-		"text for section":     {"annotate:\n    mode: reply\n    shields: lax\n", "annotate: reply\n", `config.yaml: line 18: annotate: is a single value; write lines of the form "key: value"`},
+		"list for map":         {"verified_users: {}", "verified_users: []", `config.yaml: line 26: trust.verified_users: is a list; write lines of the form "key: value"`},
+		"text for section":     {"annotate:\n    mode: reply\n    shields: lax\n    language: en\n    room_languages: {}\n", "annotate: reply\n", `config.yaml: line 18: annotate: is a single value; write lines of the form "key: value"`},
 		"section for duration": {"wait: 25s", "wait: {a: 1}", "config.yaml: line 15: encryption.wait: is a section with keys of its own; write a time, for example 25s"},
 		"number for duration":  {"wait: 25s", "wait: 25", `config.yaml: line 15: encryption.wait: "25" is not a time; write a number with its unit, for example 25s or 2m`},
 		"list as key":          {"invites:\n", "invites:\n    [a, b]: x\n", `config.yaml: line 17: invites: has a key that is not a plain word; write lines of the form "key: value"`},
-		"bad log level":        {"min_level: info", "min_level: loud", `config.yaml: line 41: logging.min_level: "loud" is not a level; write error, warn, info, debug or trace`},
-		"text for number":      {"writers: []", "writers: [{type: file, max_size: big}]", `config.yaml: line 42: logging.writers.max_size: "big" is not a whole number; write for example 100`},
+		"bad log level":        {"min_level: info", "min_level: loud", `config.yaml: line 43: logging.min_level: "loud" is not a level; write error, warn, info, debug or trace`},
+		"text for number":      {"writers: []", "writers: [{type: file, max_size: big}]", `config.yaml: line 44: logging.writers.max_size: "big" is not a whole number; write for example 100`},
 		"bad writer type":      {"writers: []", "writers: [{type: printer}]", `config.yaml: logging.writers: "printer" is not one of the choices; write stdout, stderr, file, syslog, syslog-cee or journald`},
 		"bad writer format":    {"writers: []", "writers: [{type: stdout, format: xml}]", `config.yaml: logging.writers: "xml" is not one of the choices; write json, pretty or pretty-colored`},
 
@@ -228,10 +230,16 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"glob without server": {`"@*:localhost"`, `"@bob"`, `config.yaml: invites.allow: "@bob" can never match a Matrix ID; write for example "@*:example.com"`},
 		"glob too large":      {`"@*:localhost"`, `"@` + strings.Repeat("?", 1001) + `"`, `config.yaml: invites.allow: "@` + strings.Repeat("?", 79) + `…" is not a pattern; write for example "@*:example.com"`},
 
-		"unknown mode":         {"mode: reply", "mode: shout", `config.yaml: annotate.mode: "shout" is not one of the choices; write reply or warnings`},
-		"mode of the future":   {"mode: reply", "mode: reaction", `config.yaml: annotate.mode: "reaction" is not available in this version; use reply or warnings`},
-		"mode of the future2":  {"mode: reply", "mode: command", `config.yaml: annotate.mode: "command" is not available in this version; use reply or warnings`},
+		"unknown mode":         {"mode: reply", "mode: shout", `config.yaml: annotate.mode: "shout" is not one of the choices; write reply, warnings, reaction or command`},
 		"unknown shields":      {"shields: lax", "shields: medium", `config.yaml: annotate.shields: "medium" is not one of the choices; write lax or strict`},
+		"unknown language":     {"language: en", "language: English", `config.yaml: annotate.language: "English" is not one of the choices; write en or de`},
+		"no language":          {"language: en", "language: ", `config.yaml: annotate.language: "" is not one of the choices; write en or de`},
+		"room's language":      {"room_languages: {}", `room_languages: {"!room:example.com": fr}`, `config.yaml: annotate.room_languages: "fr" is not one of the languages; write en or de`},
+		"no room's language":   {"room_languages: {}", `room_languages: {"!room:example.com": }`, `config.yaml: annotate.room_languages: "" is not one of the languages; write en or de`},
+		"language of an alias": {"room_languages: {}", `room_languages: {"#room:example.com": de}`, `config.yaml: annotate.room_languages: "#room:example.com" is not the ID of a room; write for example !abcdefg:example.com, as the room's settings show it`},
+		"language of no room":  {"room_languages: {}", `room_languages: {"!:example.com": de}`, `config.yaml: annotate.room_languages: "!:example.com" is not the ID of a room; write for example !abcdefg:example.com, as the room's settings show it`},
+		"room with a space":    {"room_languages: {}", `room_languages: {"! a": de}`, `config.yaml: annotate.room_languages: "! a" is not the ID of a room; write for example !abcdefg:example.com, as the room's settings show it`},
+		"list of languages":    {"room_languages: {}", `room_languages: [de]`, `config.yaml: line 22: annotate.room_languages: is a list; write lines of the form "key: value"`},
 		"unknown requirement":  {"requirement: untrusted", "requirement: trusted", `config.yaml: trust.requirement: "trusted" is not one of the choices; write untrusted, cross_signed_or_legacy or cross_signed`},
 		"bad operator":         {"operators: []", "operators: [alice]", `config.yaml: trust.operators: "alice"` + badID},
 		"bad pin's user":       {"verified_users: {}", "verified_users: {alice: " + masterKey + "}", `config.yaml: trust.verified_users: "alice"` + badID},
@@ -244,7 +252,7 @@ func TestConfigMistakeIsOneLineThatNamesKeyFaultAndRemedy(t *testing.T) {
 		"limit of nothing":     {"answers_per_sender: 60", "answers_per_sender: 0", "config.yaml: limits.answers_per_sender: 0 is out of range; write a number from 1 to 1000000"},
 		"limit beyond measure": {"late_per_sender: 1000", "late_per_sender: 1000001", "config.yaml: limits.late_per_sender: 1000001 is out of range; write a number from 1 to 1000000"},
 		"no room for a key":    {"to_device_bytes: 65536", "to_device_bytes: 100", "config.yaml: limits.to_device_bytes: 100 is out of range; write a number from 8192 to 1048576"},
-		"limit without number": {"edits_per_room: 10", "edits_per_room: many", `config.yaml: line 28: limits.edits_per_room: "many" is not a whole number; write for example 100`},
+		"limit without number": {"edits_per_room: 10", "edits_per_room: many", `config.yaml: line 30: limits.edits_per_room: "many" is not a whole number; write for example 100`},
 
 		"alias":            {"password: hunter2\n", "password: *hunter2\n", "config.yaml: is not YAML: a value begins with * or &; put it in quotes"},
 		"anchor":           {"password: hunter2\n", "password: &hunter2 x\n", "config.yaml: line 5: account.password: begins with *, & or !, which has a meaning of its own in YAML; put the value in quotes"},
@@ -299,7 +307,7 @@ func TestAllConfigMistakesAreToldAtOnce(t *testing.T) {
 		"config.yaml: line 1: homeserver.adress: is not a known key; did you mean homeserver.address?",
 		`config.yaml: line 2: account: is a single value; write lines of the form "key: value"`,
 		"SENDERTRUST_X: is not a known variable; did you mean SENDERTRUST_DATABASE__URI?",
-		`config.yaml: annotate.mode: "a" is not one of the choices; write reply or warnings`,
+		`config.yaml: annotate.mode: "a" is not one of the choices; write reply, warnings, reaction or command`,
 		`config.yaml: annotate.shields: "b" is not one of the choices; write lax or strict`,
 	)
 	if _, err = os.Stat("data"); !os.IsNotExist(err) {
@@ -394,6 +402,9 @@ func TestExampleConfigExplainsEveryKeyAndNoOther(t *testing.T) {
 
 func TestMissingOptionalKeysHaveTheirDefaults(t *testing.T) {
 	c := mustLoad(t, "homeserver: {address: \"http://x\"}\naccount: {user_id: \"@a:b\", access_token: t}\nencryption: {pickle_key: p}\n")
+	if c.Annotate.Language != "en" || len(c.Annotate.RoomLanguages) > 0 {
+		t.Errorf("wrong defaults: %+v", c.Annotate)
+	}
 	if c.Encryption.Wait != 25*time.Second || c.Annotate.Mode != ModeReply || c.Annotate.Shields != ShieldsLax ||
 		c.Trust.Requirement != "untrusted" || c.Database.Type != "sqlite3-fk-wal-fullsync" || len(c.Invites.Allow) > 0 {
 		t.Errorf("wrong defaults: %+v", c)
@@ -408,6 +419,8 @@ func TestValuesOfAllTypesAreRead(t *testing.T) {
 		"wait: 25s", "wait: 2m",
 		"operators: []", `operators: ["@a:b", "@c:d"]`,
 		"verified_users: {}", `verified_users: {"@a:b": "`+spaced+`"}`,
+		"language: en", "language: de",
+		"room_languages: {}", `room_languages: {"!room:example.com": en, "!0pWcKQg-newer": de}`,
 		"writers: []", "writers: [{type: file, format: json, filename: x.log, max_size: 5, compress: true, min_level: warn}]\n    metadata: {a: [1, 2]}\n    timestamp: false",
 	).Replace(completeConfig)
 	c := mustLoad(t, text)
@@ -416,6 +429,9 @@ func TestValuesOfAllTypesAreRead(t *testing.T) {
 	}
 	if !slices.Equal(c.Trust.Operators, []id.UserID{"@a:b", "@c:d"}) || c.Trust.VerifiedUsers["@a:b"] != masterKey {
 		t.Errorf("wrong values: %+v", c.Trust)
+	}
+	if rooms := c.Annotate.RoomLanguages; c.Annotate.Language != "de" || len(rooms) != 2 || rooms["!room:example.com"] != "en" || rooms["!0pWcKQg-newer"] != "de" {
+		t.Errorf("wrong values: %+v", c.Annotate)
 	}
 	writer := c.Logging.Writers[0]
 	if writer.MaxSize != 5 || !writer.Compress || writer.MinLevel.String() != "warn" || writer.Filename != "x.log" ||
@@ -441,6 +457,8 @@ func TestEnvironmentOverridesTheFile(t *testing.T) {
 		"SENDERTRUST_INVITES__ALLOW=@a:b, @*:c",
 		`SENDERTRUST_TRUST__OPERATORS=["@o:b", "@p:b"]`,
 		`SENDERTRUST_TRUST__VERIFIED_USERS={"@v:b": "`+masterKey+`"}`,
+		"SENDERTRUST_ANNOTATE__LANGUAGE=de",
+		`SENDERTRUST_ANNOTATE__ROOM_LANGUAGES={"!room:example.com": en}`,
 		"SENDERTRUST_LOGGING__MIN_LEVEL=warn",
 		"SENDERTRUST_LOGGING__WRITERS=[{type: stderr}]",
 	)
@@ -452,6 +470,9 @@ func TestEnvironmentOverridesTheFile(t *testing.T) {
 	if !slices.Equal(c.Invites.Allow, []string{"@a:b", "@*:c"}) || !slices.Equal(c.Trust.Operators, []id.UserID{"@o:b", "@p:b"}) ||
 		len(c.Trust.VerifiedUsers) != 1 || c.Logging.MinLevel.String() != "warn" || c.Logging.Writers[0].Type != "stderr" {
 		t.Errorf("wrong values: %+v", c)
+	}
+	if c.Annotate.Language != "de" || len(c.Annotate.RoomLanguages) != 1 || c.Annotate.RoomLanguages["!room:example.com"] != "en" {
+		t.Errorf("wrong values: %+v", c.Annotate)
 	}
 	if readText(t, "config.yaml") != text {
 		t.Error("the file was changed although the environment gives the secret")

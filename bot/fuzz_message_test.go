@@ -88,7 +88,7 @@ var ourMarkup = strings.NewReplacer("<strong>", "", "</strong>", "", "<em>", "",
 func (b messageBot) checkAnswer(t *testing.T, evt *event.Event, verdict cryptohook.Verdict) {
 	t.Helper()
 	thread := threadOf(evt)
-	marshalled, err := json.Marshal(answerContent(explain(verdict, evt.Sender), b.annotate(verdict), replyTo(evt.ID, thread)))
+	marshalled, err := json.Marshal(answerContent(b.speech(evt.RoomID).explain(verdict, evt.Sender), b.annotate(verdict), replyTo(evt.ID, thread)))
 	if err != nil {
 		t.Fatalf("the answer cannot be sent: %v", err)
 	}

@@ -13,7 +13,7 @@ func TestWordsSayByWhichWayAKeyCame(t *testing.T) {
 		cryptohook.SourceBackup: "key backup", cryptohook.SourceForwarded: "another device of this bot", cryptohook.SourceImport: "from a file",
 		cryptohook.SourceHistoryBundle: "@carol:example.org, together with the invitation", cryptohook.SourceDirect: "not the one it claims to be", "": "not known",
 	} {
-		words := explain(cryptohook.Verdict{
+		words := english.explain(cryptohook.Verdict{
 			Code: cryptohook.CodeAuthenticityNotGuaranteed, Source: source, SourceUser: "@carol:example.org",
 		}, "@alice:example.org")
 		if !strings.Contains(words.known, because) || !strings.Contains(words.known, "@alice:example.org") || words.advice == "" {
@@ -29,7 +29,7 @@ func TestWordsSayByWhichWayAKeyCame(t *testing.T) {
 			}
 		}
 	}
-	nobody := explain(cryptohook.Verdict{Code: cryptohook.CodeAuthenticityNotGuaranteed, Source: cryptohook.SourceHistoryBundle}, "@alice:example.org")
+	nobody := english.explain(cryptohook.Verdict{Code: cryptohook.CodeAuthenticityNotGuaranteed, Source: cryptohook.SourceHistoryBundle}, "@alice:example.org")
 	if !strings.Contains(nobody.known, "whoever invited this bot") {
 		t.Error(nobody.plain())
 	}

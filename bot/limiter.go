@@ -182,18 +182,15 @@ func (l *limiter) forget(now time.Time) {
 
 // mayAnswer says whether a message is answered now, and tells its room when messages cease to be answered, and when they are again.
 func (b *Bot) mayAnswer(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) bool {
-	if b.isQuiet(verdict) {
-		return true
-	}
 	ruling := b.limiter.rule(evt.RoomID, evt.Sender, b.shield(verdict.Code) != cryptohook.ShieldNone)
 	log := zerolog.Ctx(ctx)
 	for _, p := range ruling.stopped {
 		log.Warn().Str("limit", ruling.limit).Msg("Not answering any more for now: there are more messages than are answered in a minute")
-		b.send(ctx, evt.RoomID, noticeContent(stoppedAnswering(p.sender), nil), hashOf("stopped", evt.ID, p.sender))
+		b.send(ctx, evt.RoomID, noticeContent(b.speech(evt.RoomID).stoppedAnswering(p.sender), nil), hashOf("stopped", evt.ID, p.sender))
 	}
 	for _, p := range ruling.resumed {
 		log.Info().Int("unanswered", p.unanswered).Msg("Answering again")
-		b.send(ctx, evt.RoomID, noticeContent(answeringAgain(p.sender, p.unanswered), nil), hashOf("resumed", evt.ID, p.sender))
+		b.send(ctx, evt.RoomID, noticeContent(b.speech(evt.RoomID).answeringAgain(p.sender, p.unanswered), nil), hashOf("resumed", evt.ID, p.sender))
 	}
 	if ruling.answer {
 		return true

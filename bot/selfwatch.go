@@ -42,6 +42,8 @@ type selfWatch struct {
 	records *records
 	// rooms gives the encrypted rooms that the bot is in.
 	rooms func(ctx context.Context) ([]id.RoomID, error)
+	// speech is the language of a room.
+	speech func(roomID id.RoomID) speech
 	// send tries once to send a message. The error is final if trying again is no use.
 	send func(ctx context.Context, roomID id.RoomID, content *event.Content, transactionID string) (final bool, err error)
 	// sign signs the bot's device with its identity.
@@ -72,7 +74,7 @@ func (b *Bot) newSelfWatch() *selfWatch {
 		log: b.log.With().Str("component", "self watch").Logger(), clock: b.clock, user: b.config.Account.UserID,
 		own:     func() cryptohook.OwnIdentity { return b.hook.OwnIdentity() },
 		records: newRecords(b.db, b.owner, cryptohook.DatabaseLog(b.log)),
-		rooms:   b.encryptedRooms, send: b.sendOnce, sign: b.signOwnDevice,
+		rooms:   b.encryptedRooms, speech: b.speech, send: b.sendOnce, sign: b.signOwnDevice,
 		wake: make(chan struct{}, 1),
 	}
 }
@@ -161,7 +163,8 @@ func (w *selfWatch) doubt(ctx context.Context, own cryptohook.OwnIdentity) (next
 	if err != nil {
 		return ownLookAgain, err
 	}
-	err = w.tell(ctx, doubtInMyself(own), "doubt", incident, func(told bool) bool { return !told }, func(doubt warning) error {
+	words := func(s speech) text { return s.doubtInMyself(own) }
+	err = w.tell(ctx, words, "doubt", incident, func(told bool) bool { return !told }, func(doubt warning) error {
 		return w.records.noteSaid(ctx, doubt, w.clock())
 	})
 	return ownRoomsAt, err
@@ -179,7 +182,7 @@ func (w *selfWatch) allClear(ctx context.Context) (next time.Duration, err error
 	}
 	if !incident.IsZero() {
 		w.log.Warn().Msg("The homeserver publishes the bot's own device and identity as they are; answering")
-		err = w.tell(ctx, trustInMyself(), "trust", incident, func(told bool) bool { return told }, func(doubt warning) error {
+		err = w.tell(ctx, speech.trustInMyself, "trust", incident, func(told bool) bool { return told }, func(doubt warning) error {
 			return w.records.unsay(ctx, doubt)
 		})
 		if err == nil {
@@ -193,10 +196,10 @@ func (w *selfWatch) allClear(ctx context.Context) (next time.Duration, err error
 	return ownRemind, nil
 }
 
-// tell sends the words to the rooms that are concerned, and notes it. What fails for a room is tried again in the next round; what the
+// tell sends the words, each room's in its language, to the rooms that are concerned, and notes it. What fails for a room is tried again in the next round; what the
 // homeserver refuses for good is not.
 func (w *selfWatch) tell(
-	ctx context.Context, words text, what string, incident time.Time, concerned func(told bool) bool, note func(doubt warning) error,
+	ctx context.Context, words func(s speech) text, what string, incident time.Time, concerned func(told bool) bool, note func(doubt warning) error,
 ) error {
 	rooms, err := w.rooms(ctx)
 	if err != nil {
@@ -211,7 +214,7 @@ func (w *selfWatch) tell(
 		} else if !concerned(said) {
 			continue
 		}
-		final, err := w.send(ctx, roomID, noticeContent(words, nil), hashOf("own identity", what, roomID, incident.UnixMilli()))
+		final, err := w.send(ctx, roomID, noticeContent(words(w.speech(roomID)), nil), hashOf("own identity", what, roomID, incident.UnixMilli()))
 		if err != nil && !final {
 			faults = append(faults, err)
 			continue
