@@ -186,7 +186,143 @@ async function roomReady(room, timeout) {
     if (encryption) await methods.waitForEncryption({ room, timeout_ms: timeout });
 }
 
+// Verification. A request is known by its transaction ID: in a room, the ID of the event that made it.
+
+const verificationRequests = new Map();
+const verifierStates = new Map();
+
+function noteRequest(request) {
+    if (!verificationRequests.has(request.transactionId)) {
+        verificationRequests.set(request.transactionId, request);
+        request.on("change", changed);
+    }
+    changed();
+    return { transaction_id: request.transactionId };
+}
+
+function requestOf(id) {
+    const request = verificationRequests.get(id);
+    if (!request) throw new Error(`there is no verification ${id}`);
+    return request;
+}
+
+/** Has the verifier of a request take part, once, and gives what is known of it. */
+function takePart(id, verifier) {
+    if (verifierStates.has(id)) return verifierStates.get(id);
+    const state = { verifier, sas: verifier.getShowSasCallbacks() };
+    verifierStates.set(id, state);
+    verifier.on("show_sas", (sas) => {
+        state.sas = sas;
+        changed();
+    });
+    verifier.verify().then(changed, (error) => {
+        state.error = String(error);
+        changed();
+    });
+    return state;
+}
+
+const phaseNames = ["", "unsent", "requested", "ready", "started", "cancelled", "done"];
+/** The phase of a request. The SDK throws while it goes from one to the next. */
+const phaseOf = (request) => {
+    try {
+        return phaseNames[request.phase];
+    } catch {
+        return "";
+    }
+};
+const verifierOf = (request) => (phaseOf(request) === "started" ? request.verifier : undefined);
+const ended = (request) => ["cancelled", "done"].includes(phaseOf(request));
+
+const describeRequest = (request) => ({
+    transaction_id: request.transactionId,
+    user_id: request.otherUserId,
+    device_id: request.otherDeviceId ?? "",
+    phase: phaseOf(request),
+    method: request.chosenMethod ?? "",
+    cancel_code: request.cancellationCode ?? "",
+    cancelled_by: request.cancellingUserId ?? "",
+});
+
 const methods = {
+    async requestVerification({ user, room, device }) {
+        await queryIdentity(user);
+        return noteRequest(
+            room ? await crypto().requestVerificationDM(user, room) : await crypto().requestDeviceVerification(user, device),
+        );
+    },
+
+    async waitForVerification({ user, timeout_ms }) {
+        const found = () => [...verificationRequests.values()].find((request) => request.otherUserId === user && !ended(request));
+        return describeRequest(await until(found, timeout_ms, `${user} asks to verify`));
+    },
+
+    async waitForPhase({ verification, phases, timeout_ms }) {
+        const request = requestOf(verification);
+        const reached = () => phases.includes(phaseOf(request)) || ended(request);
+        await until(reached, timeout_ms, () => `the verification is ${phases}; it is ${phaseOf(request)}`);
+        return describeRequest(request);
+    },
+
+    async setVerificationMethods({ methods }) {
+        crypto().setSupportedVerificationMethods(methods);
+        return {};
+    },
+
+    async acceptVerification({ verification }) {
+        const request = requestOf(verification);
+        await queryIdentity(request.otherUserId);
+        await request.accept();
+        return {};
+    },
+
+    async startSAS({ verification }) {
+        takePart(verification, await requestOf(verification).startVerification("m.sas.v1"));
+        return {};
+    },
+
+    async emojis({ verification, timeout_ms }) {
+        const request = requestOf(verification);
+        const shown = () => {
+            if (ended(request)) throw new Error(`the verification has ended: ${JSON.stringify(describeRequest(request))}`);
+            const verifier = verifierOf(request);
+            return verifier && takePart(verification, verifier).sas;
+        };
+        const { sas } = await until(shown, timeout_ms, () => `emojis are shown; the phase is ${phaseOf(request)}`);
+        return {
+            emojis: (sas.emoji ?? []).map(([symbol]) => symbol),
+            names: (sas.emoji ?? []).map(([, name]) => name),
+            numbers: sas.decimal ?? [],
+        };
+    },
+
+    async confirmEmojis({ verification }) {
+        await verifierStates.get(verification).sas.confirm();
+        return {};
+    },
+
+    async denyEmojis({ verification }) {
+        verifierStates.get(verification).sas.mismatch();
+        return {};
+    },
+
+    async cancelVerification({ verification }) {
+        await requestOf(verification).cancel();
+        return {};
+    },
+
+    async scanQRCode({ verification, data }) {
+        const bytes = new Uint8ClampedArray(Buffer.from(data, "base64"));
+        takePart(verification, await requestOf(verification).scanQRCode(bytes));
+        return {};
+    },
+
+    async verificationStatus({ user }) {
+        await queryIdentity(user);
+        const status = await crypto().getUserVerificationStatus(user);
+        return { verified: status.isCrossSigningVerified(), was_verified: status.wasCrossSigningVerified() };
+    },
+
     async login({ homeserver, user, password, timeout_ms }) {
         if (client) throw new Error("one process is one device: it is logged in already");
         const session = await sdk.createClient({ baseUrl: homeserver, logger }).loginRequest({
@@ -215,6 +351,7 @@ const methods = {
             timeline.push(event);
             client.decryptEventIfNeeded(event).then(changed, (error) => logger.warn("cannot decrypt:", error));
         });
+        client.on("crypto.verificationRequestReceived", noteRequest);
         client.on(sdk.MatrixEventEvent.Decrypted, changed);
         client.on(sdk.RoomEvent.LocalEchoUpdated, changed);
         client.on(sdk.RoomStateEvent.Events, changed);
@@ -255,6 +392,14 @@ const methods = {
         await crypto().loadSessionBackupPrivateKeyFromSecretStorage();
         await crypto().checkKeyBackupAndEnable();
         return { master_key: await ownMasterKey() };
+    },
+
+    async keyBackup() {
+        const newest = await crypto().getKeyBackupInfo();
+        if (!newest) return { version: "", trusted: false, matches_key: false, active: "" };
+        const { trusted, matchesDecryptionKey } = await crypto().isKeyBackupTrusted(newest);
+        const active = (await crypto().getActiveSessionBackupVersion()) ?? "";
+        return { version: newest.version, trusted, matches_key: matchesDecryptionKey, active };
     },
 
     async invite({ room, user, share_history }) {
@@ -369,6 +514,12 @@ const methods = {
     async waitForReply({ event_id, timeout_ms }) {
         const found = () => timeline.find((event) => readable(event) && annotates(event, event_id));
         return describe(await until(found, timeout_ms, `an answer to ${event_id} comes`));
+    },
+
+    async waitForMessage({ room, sender, msgtype, timeout_ms }) {
+        const fits = (event) =>
+            event.getRoomId() === room && event.getSender() === sender && readable(event) && event.getOriginalContent().msgtype === msgtype;
+        return describe(await until(() => timeline.find(fits), timeout_ms, `${sender} sends an ${msgtype}`));
     },
 
     async shield({ event_id, timeout_ms }) {

@@ -1,0 +1,163 @@
+package bot
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+
+	"sendertrust/cryptohook"
+)
+
+// orderConfirm completes a verification: an operator says that the person has told them what the bot shows.
+func (b *Bot) orderConfirm(ctx context.Context, o *order) response {
+	return b.verifications.decide(ctx, o, b.verifications.confirm)
+}
+
+// orderDeny ends a verification: an operator says that the person has told them something else.
+func (b *Bot) orderDeny(ctx context.Context, o *order) response {
+	return b.verifications.decide(ctx, o, b.verifications.deny)
+}
+
+// decide finds the verification that an operator means, and has it carried out what the operator says.
+func (v *verifications) decide(ctx context.Context, o *order, what func(context.Context, *order, *dialogue) response) response {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	v.reply = &pendingReply{roomID: o.evt.RoomID}
+	defer func() { v.reply = nil }()
+	d, bad := v.meant(o)
+	if bad != nil {
+		return *bad
+	}
+	return what(v.log.WithContext(ctx), o, d)
+}
+
+// meant is the verification that an operator means: that of the person who is named, that of the notice that is replied to, or the only one.
+func (v *verifications) meant(o *order) (*dialogue, *response) {
+	if len(o.args) > 0 {
+		userID, bad := o.person()
+		if bad != nil {
+			return nil, bad
+		}
+		if d := v.ofUser(userID); d != nil {
+			return d, nil
+		}
+		return nil, o.refusal("not_open", vars{"Name": showUser(userID)})
+	}
+	if repliedTo := o.evt.Content.AsMessage().RelatesTo.GetNonFallbackReplyTo(); repliedTo != "" {
+		if d := v.noticed(repliedTo); d != nil {
+			return d, nil
+		}
+	}
+	switch len(v.open) {
+	case 0:
+		return nil, o.refusal("none_open", nil)
+	case 1:
+		for _, d := range v.open {
+			return d, nil
+		}
+	}
+	var names []string
+	for _, d := range v.open {
+		names = append(names, showUser(d.userID))
+	}
+	slices.Sort(names)
+	return nil, o.refusal("which", vars{"Names": strings.Join(names, ", ")})
+}
+
+// noticed is the verification that a message of the bot's is about, or nil.
+func (v *verifications) noticed(eventID id.EventID) *dialogue {
+	for _, d := range v.open {
+		if d.notices[eventID] {
+			return d
+		}
+	}
+	return nil
+}
+
+// refusal is a response to an operator that changes nothing.
+func (o *order) refusal(key string, put vars) *response {
+	with := vars{"Command": o.name}
+	maps.Copy(with, put)
+	r := refuse(o.speech.text(signCaution, "verification.decide."+key, with), key)
+	return &r
+}
+
+// confirm completes a verification, or says why not.
+func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) response {
+	put := v.names(o.speech, d)
+	switch {
+	case o.evt.Sender == d.userID && !v.mayConfirmThemselves(d):
+		return *o.refusal("own", put)
+	case d.stage == stageConfirmed:
+		return *o.refusal("twice", put)
+	case d.stage != stageEmojis && d.stage != stageScanned:
+		return *o.refusal("early", put)
+	}
+	if why := v.bound(ctx, d, d.deviceID); why == "not_sure" {
+		return *o.refusal("not_sure", put)
+	} else if why != "" {
+		v.cancel(ctx, d, event.VerificationCancelCodeKeyMismatch, ending{key: why})
+		return v.replied(o, outcomeRefused, why)
+	}
+	scanned := d.stage == stageScanned
+	d.stage, d.confirmedBy = stageConfirmed, o.evt.Sender
+	v.guarded(ctx, d, func() error {
+		if scanned {
+			return v.helper.ConfirmQRCodeScanned(ctx, d.txnID)
+		}
+		return v.helper.ConfirmSAS(ctx, d.txnID)
+	})
+	v.follow(ctx, d)
+	if mac := d.mac; mac != nil && v.isOpen(d) {
+		v.hand(ctx, d, mac)
+	}
+	if v.isOpen(d) {
+		return say(o.speech.text(signPlain, "verification.decide.thanks", put))
+	}
+	return v.replied(o, outcomeDone, "")
+}
+
+// deny ends a verification.
+func (v *verifications) deny(ctx context.Context, o *order, d *dialogue) response {
+	code, why := event.VerificationCancelCodeSASMismatch, "denied"
+	if d.stage < stageEmojis {
+		code, why = event.VerificationCancelCodeUser, "called_off"
+	}
+	v.cancel(ctx, d, code, ending{key: why})
+	return v.replied(o, outcomeDone, why)
+}
+
+// replied is the response that was gathered while something was done: what was said of it in the operator's room, if anything was.
+func (v *verifications) replied(o *order, outcome outcome, detail string) response {
+	said := v.reply.words
+	if said == nil {
+		said = o.speech.text(signPlain, "verification.decide.ended", nil)
+	}
+	return response{words: said, outcome: outcome, detail: detail}
+}
+
+// complete verifies the person, after both sides have confirmed and the helper has checked what the person's app vouches for. The hook is
+// told with the key that was verified: it lifts a withdrawal, and judges what the person has sent before anew.
+func (v *verifications) complete(ctx context.Context, d *dialogue) {
+	err := v.bot.hook.Verify(ctx, d.userID, d.masterKey)
+	switch {
+	case errors.Is(err, cryptohook.ErrPinned) && v.bot.config.Trust.VerifiedUsers[d.userID] == d.masterKey:
+		// The pin says the same.
+	case errors.Is(err, cryptohook.ErrOtherMasterKey), errors.Is(err, cryptohook.ErrUnknownIdentity), errors.Is(err, cryptohook.ErrPinned):
+		v.end(ctx, d, ending{key: "identity_changed"})
+		return
+	case err != nil:
+		v.log.Err(err).Stringer("user_id", d.userID).Msg("Failed to note that a person is verified")
+		v.end(ctx, d, ending{key: "not_noted"})
+		return
+	}
+	v.close(ctx, d)
+	v.log.Info().Stringer("user_id", d.userID).Stringer("master_key", d.masterKey).Stringer("confirmed_by", d.confirmedBy).
+		Msg("A person was verified")
+	v.tell(ctx, d, signVerified, "done", vars{"Operator": showUser(d.confirmedBy)})
+}
