@@ -53,7 +53,7 @@ func (b *Bot) shield(code cryptohook.Code) cryptohook.Shield {
 func (b *Bot) answer(ctx context.Context, evt *event.Event) {
 	log := zerolog.Ctx(ctx)
 	verdict, judged := cryptohook.VerdictOf(evt)
-	if !judged || evt.Sender == b.client.UserID {
+	if !judged || evt.Sender == b.client.UserID || b.isRequestToUs(evt) {
 		return
 	}
 	if verdict, judged = b.whileTrusted(ctx, verdict, evt.Sender); !judged {
@@ -68,32 +68,75 @@ func (b *Bot) answer(ctx context.Context, evt *event.Event) {
 			return
 		}
 	}
-	if b.isForUs(evt) && !b.roomWasTold(ctx, evt, verdict) && b.mayAnswer(ctx, evt, verdict) {
-		b.reply(ctx, evt, verdict)
+	b.noteImpersonation(ctx, evt, verdict)
+	if o := b.readOrder(evt, verdict); o != nil && !verdict.Late {
+		if !b.wasDeleted(ctx, evt.ID) {
+			b.obey(ctx, o)
+		}
+		return
+	}
+	b.answerMessage(ctx, evt, verdict)
+}
+
+// answerMessage answers what is no command, in the way that its room wants.
+func (b *Bot) answerMessage(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) {
+	if original := replacedBy(evt); original != "" {
+		b.answerEdit(ctx, evt, verdict, original)
+		return
+	}
+	kind, worth := b.kindFor(evt, verdict)
+	if !worth || !b.isForUs(evt) || b.roomWasTold(ctx, evt, verdict) {
+		return
+	}
+	if kind == kindQuiet || b.mayAnswer(ctx, evt, verdict) {
+		b.reply(ctx, b.newRecord(evt, verdict, kind))
+	}
+}
+
+// kindFor is how a message is answered. It says no to one that is not even to be remembered.
+func (b *Bot) kindFor(evt *event.Event, verdict cryptohook.Verdict) (kind answerKind, worth bool) {
+	if b.mode(evt.RoomID) == ModeCommand {
+		return kindReply, b.asksUs(evt)
+	}
+	return b.kindOf(evt.RoomID, verdict), true
+}
+
+// newRecord is what is about to be told of a message.
+func (b *Bot) newRecord(evt *event.Event, verdict cryptohook.Verdict, kind answerKind) *record {
+	return &record{
+		eventID: evt.ID, roomID: evt.RoomID, sender: evt.Sender, threadID: threadOf(evt), kind: kind, sign: b.sign(verdict), verdict: verdict,
+		toldAt: b.clock(),
 	}
 }
 
 // reply answers a message that is to be answered, and was not yet.
-func (b *Bot) reply(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) {
+func (b *Bot) reply(ctx context.Context, told *record) {
 	log := zerolog.Ctx(ctx)
-	told, err := b.record(ctx, evt, verdict)
+	told, err := b.record(ctx, told)
 	if err != nil {
 		// Better an answer that cannot be corrected than none.
 		log.Err(err).Msg("Failed to record an answer")
-	} else if told.answerID != "" {
+	}
+	if told.answerID != "" || told.redactedBy != "" || told.kind == kindQuiet {
 		return
 	}
-	if b.isQuiet(told.verdict) {
-		return
-	}
-	content := answerContent(explain(told.verdict, evt.Sender), b.annotate(told.verdict), replyTo(evt.ID, told.threadID))
-	answerID, sent := b.send(ctx, evt.RoomID, content, transactionID(evt.ID))
+	answerID, sent := b.tell(ctx, told)
 	if !sent {
 		return
 	}
 	b.metrics.answers.WithLabelValues(string(told.verdict.Code)).Inc()
 	log.Info().Str("code", string(told.verdict.Code)).Stringer("session_id", told.verdict.SessionID).Stringer("answer_id", answerID).Msg("Answered")
 	b.noteAnswer(ctx, told, answerID)
+}
+
+// tell gives an answer for the first time: after a crash that is the same event.
+func (b *Bot) tell(ctx context.Context, told *record) (answerID id.EventID, sent bool) {
+	if told.kind == kindReaction {
+		return b.react(ctx, told.roomID, told.about(), told.sign, transactionID(told.eventID))
+	}
+	words := b.speech(told.roomID).wordsOn(told, told.verdict)
+	content := answerContent(words, b.annotate(told.verdict), replyTo(told.about(), told.threadID))
+	return b.send(ctx, told.roomID, content, transactionID(told.eventID))
 }
 
 // roomWasTold says that nobody asks about a message in a room that is known not to be encrypted.
@@ -108,50 +151,46 @@ func (b *Bot) roomWasTold(ctx context.Context, evt *event.Event, verdict cryptoh
 	return said || err != nil
 }
 
-// record notes what is about to be told, and gives what is to be told: after a crash that is what was about to be told before. What
-// never changes is not noted.
-func (b *Bot) record(ctx context.Context, evt *event.Event, verdict cryptohook.Verdict) (*record, error) {
-	told := &record{
-		eventID: evt.ID, roomID: evt.RoomID, sender: evt.Sender, threadID: threadOf(evt), verdict: verdict, toldAt: b.clock(),
-	}
-	if verdict.Code == cryptohook.CodeNotEncrypted || verdict.Code == cryptohook.CodeSentInClear {
+// record notes what is about to be told, and gives what is to be told: after a crash that is what was about to be told before. That a room is
+// not encrypted is about no message, and is not noted.
+func (b *Bot) record(ctx context.Context, told *record) (*record, error) {
+	if told.verdict.Code == cryptohook.CodeNotEncrypted {
 		return told, nil
 	}
 	noted, err := b.reviser.records.add(ctx, told)
 	if err != nil || noted == nil {
 		return told, err
 	}
+	unbound := noted.kind == kindQuiet && noted.answerID == "" && noted.redactedBy == ""
+	if unbound && (told.kind != kindQuiet || b.annotate(told.verdict) != b.annotate(noted.verdict)) {
+		// Nothing was said before, so nothing has to be said again.
+		noted.kind, noted.sign = told.kind, told.sign
+		err = b.reviser.records.setVerdict(ctx, noted, told.verdict)
+	}
 	// Something may have changed between the verdict and now.
-	defer b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{noted.verdict.SessionID}})
-	return noted, nil
+	b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{noted.verdict.SessionID}})
+	return noted, err
 }
 
 // noteAnswer notes that the answer was given.
 func (b *Bot) noteAnswer(ctx context.Context, told *record, answerID id.EventID) {
 	log := zerolog.Ctx(ctx)
-	switch told.verdict.Code {
-	case cryptohook.CodeNotEncrypted:
+	if told.verdict.Code == cryptohook.CodeNotEncrypted {
 		if err := b.noteSaidNotEncrypted(ctx, told.roomID); err != nil {
 			log.Warn().Err(err).Msg("Failed to note that the room was told that it is not encrypted")
 		}
-	case cryptohook.CodeSentInClear:
-	default:
-		if err := b.reviser.records.setAnswer(ctx, told, answerID); err != nil {
-			log.Err(err).Msg("Failed to record an answer")
-		}
-		b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{told.verdict.SessionID}})
+		return
 	}
-}
-
-// isQuiet says that a verdict is not worth an answer.
-func (b *Bot) isQuiet(v cryptohook.Verdict) bool {
-	return b.config.Annotate.Mode == ModeWarnings && b.shield(v.Code) == cryptohook.ShieldNone
+	if err := b.reviser.records.setAnswer(ctx, told, answerID); err != nil {
+		log.Err(err).Msg("Failed to record an answer")
+	}
+	b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{told.verdict.SessionID}})
 }
 
 // noticeContent is what the bot says to people.
-func noticeContent(words text, relation *event.RelatesTo) *event.Content {
+func noticeContent(said words, relation *event.RelatesTo) *event.Content {
 	return &event.Content{Parsed: &event.MessageEventContent{
-		MsgType: event.MsgNotice, Body: words.plain(), Format: event.FormatHTML, FormattedBody: words.html(),
+		MsgType: event.MsgNotice, Body: said.plain(), Format: event.FormatHTML, FormattedBody: said.html(),
 		RelatesTo: relation, Mentions: &event.Mentions{},
 	}}
 }
@@ -172,9 +211,9 @@ func editContent(answerID id.EventID, words text, a annotation) *event.Content {
 	return &event.Content{Parsed: message, Raw: map[string]any{"m.new_content": map[string]any{annotationKey: a}}}
 }
 
-// isForUs says whether the event is a message of a person: not the bot's own, not another bot's notice, no edit, no reaction.
+// isForUs says whether the event is a message of a person: not the bot's own, not another bot's notice, no edit, no reaction, and not deleted.
 func (b *Bot) isForUs(evt *event.Event) bool {
-	if evt.Sender == b.client.UserID {
+	if evt.Sender == b.client.UserID || wasRedacted(evt) {
 		return false
 	}
 	switch evt.Type {
@@ -196,7 +235,8 @@ func (b *Bot) asksUs(evt *event.Event) bool {
 	if content.Mentions.Has(b.client.UserID) {
 		return true
 	}
-	return strings.HasPrefix(content.Body, "!trust") || strings.Contains(content.Body, b.client.UserID.String())
+	_, addressed := b.afterName(content.Body)
+	return addressed || strings.HasPrefix(content.Body, prefix) || strings.Contains(content.Body, b.client.UserID.String())
 }
 
 // replyTo relates an answer to the message, within the same thread if there is one.
@@ -208,12 +248,18 @@ func replyTo(eventID, threadID id.EventID) *event.RelatesTo {
 	return reply
 }
 
-func threadOf(evt *event.Event) id.EventID {
-	relatable, ok := evt.Content.Parsed.(event.Relatable)
-	if !ok {
-		return ""
+func threadOf(evt *event.Event) id.EventID { return relationOf(evt).GetThreadParent() }
+
+// relationOf is how an event relates to another one. That is never encrypted. Nil: it does not.
+// https://spec.matrix.org/v1.16/client-server-api/#forming-relationships-between-events
+func relationOf(evt *event.Event) *event.RelatesTo {
+	switch content := evt.Content.Parsed.(type) {
+	case *event.EncryptedEventContent:
+		return content.RelatesTo
+	case event.Relatable:
+		return content.OptionalGetRelatesTo()
 	}
-	return relatable.OptionalGetRelatesTo().GetThreadParent()
+	return nil
 }
 
 // transactionID makes the answer to an event the same request whenever it is sent.
@@ -227,16 +273,30 @@ const (
 	maxSendRetry   = time.Minute
 )
 
-// send tries until the homeserver has the event, refuses it for good, or the context ends.
+// send sends a message; see insist.
 func (b *Bot) send(ctx context.Context, roomID id.RoomID, content *event.Content, txnID string) (eventID id.EventID, sent bool) {
+	return b.sendEvent(ctx, roomID, event.EventMessage, content, txnID)
+}
+
+func (b *Bot) sendEvent(ctx context.Context, roomID id.RoomID, eventType event.Type, content any, txnID string) (eventID id.EventID, sent bool) {
+	return b.insist(ctx, func() (*mautrix.RespSendEvent, error) {
+		faultpoint.Reach("answering")
+		resp, err := b.client.SendMessageEvent(ctx, roomID, eventType, content, mautrix.ReqSendEvent{TransactionID: txnID})
+		if err == nil {
+			faultpoint.Reach("answered")
+		}
+		return resp, err
+	})
+}
+
+// insist tries until the homeserver has the event, refuses it for good, or the context ends.
+func (b *Bot) insist(ctx context.Context, try func() (*mautrix.RespSendEvent, error)) (eventID id.EventID, sent bool) {
 	for wait := firstSendRetry; ; wait = min(2*wait, maxSendRetry) {
 		if _, ok := b.self.hold(ctx); !ok {
 			return "", false
 		}
-		faultpoint.Reach("answering")
-		resp, err := b.client.SendMessageEvent(ctx, roomID, event.EventMessage, content, mautrix.ReqSendEvent{TransactionID: txnID})
+		resp, err := try()
 		if err == nil {
-			faultpoint.Reach("answered")
 			return resp.EventID, true
 		}
 		if ctx.Err() != nil {

@@ -1,6 +1,7 @@
 package bot
 
 import (
+	"cmp"
 	"context"
 	"database/sql"
 	"embed"
@@ -31,15 +32,30 @@ func newRecords(db *dbutil.Database, owner *cryptohook.Ownership, log dbutil.Dat
 	return &records{db.Child("sendertrust_bot_version", upgradeTable, log), owner}
 }
 
-// record is what was told about one message.
+// answerKind is how a message is answered.
+type answerKind string
+
+const (
+	kindReply    answerKind = "reply"    // by a message in words
+	kindReaction answerKind = "reaction" // by a sign on it
+	kindQuiet    answerKind = "quiet"    // not at all, as long as nothing about it is wrong
+	kindCommand  answerKind = "command"  // by what was asked for: that is cleared when the command is deleted, and never corrected
+)
+
+// record is what was told about one message, or about one edit of a message.
 type record struct {
 	eventID id.EventID
 	roomID  id.RoomID
 	sender  id.UserID
 	// threadID is the root of the message's thread, if it is in one.
 	threadID id.EventID
+	// editOf is the message that this one is an edit of; empty: it is none.
+	editOf id.EventID
+	kind   answerKind
 	// answerID is empty while the message is not answered.
 	answerID id.EventID
+	// sign is the reaction that the answer is; nextSign the one that is being put in its place.
+	sign, nextSign string
 	// verdict is what the room was told last, or would have been if it had been worth saying.
 	verdict  cryptohook.Verdict
 	toldAt   time.Time
@@ -47,25 +63,40 @@ type record struct {
 	editedAt time.Time
 	// due is when the answer is to be corrected; zero: it is right.
 	due time.Time
+	// redactedBy is who has deleted the message; empty: nobody.
+	redactedBy id.UserID
 }
+
+// about is the message as people see it: an edit is not a message of its own.
+func (r *record) about() id.EventID { return cmp.Or(r.editOf, r.eventID) }
 
 const (
 	selectRecord = `
-		SELECT event_id, room_id, sender, thread_id, answer_id, verdict, told_at_ms, edits, edited_at_ms, due_ms FROM bot_answer
+		SELECT event_id, room_id, sender, thread_id, edit_of, kind, answer_id, sign, next_sign, verdict, told_at_ms, edits, edited_at_ms, due_ms, redacted_by
+		FROM bot_answer
 	`
 	getRecordQuery    = selectRecord + `WHERE event_id=$1`
 	getOfSessionQuery = selectRecord + `WHERE session_id=$1`
 	getOfOwnerQuery   = selectRecord + `WHERE owner=$1`
+	getOfAnswerQuery  = selectRecord + `WHERE answer_id=$1 AND answer_id<>''`
+	getEditsQuery     = selectRecord + `WHERE edit_of=$1 AND edit_of<>''`
 	getSinceQuery     = selectRecord + `WHERE told_at_ms>=$1 ORDER BY told_at_ms`
 	getDueQuery       = selectRecord + `WHERE due_ms<=$1 ORDER BY due_ms LIMIT $2`
 	getNextDueQuery   = `SELECT MIN(due_ms) FROM bot_answer WHERE due_ms>$1`
 	insertRecordQuery = `
-		INSERT INTO bot_answer (event_id, room_id, sender, thread_id, answer_id, session_id, owner, verdict, told_at_ms, edits, edited_at_ms)
-		VALUES ($1, $2, $3, $4, '', $5, $6, $7, $8, 0, 0) ON CONFLICT (event_id) DO NOTHING
+		INSERT INTO bot_answer (
+			event_id, room_id, sender, thread_id, edit_of, kind, answer_id, sign, session_id, owner, verdict, told_at_ms, edits, edited_at_ms, redacted_by
+		) VALUES ($1, $2, $3, $4, $5, $6, '', $7, $8, $9, $10, $11, 0, 0, $12) ON CONFLICT (event_id) DO NOTHING
 	`
-	setAnswerQuery    = `UPDATE bot_answer SET answer_id=$2 WHERE event_id=$1`
-	setDueQuery       = `UPDATE bot_answer SET due_ms=$2 WHERE event_id=$1`
-	setVerdictQuery   = `UPDATE bot_answer SET verdict=$2, session_id=$3, owner=$4, edits=$5, edited_at_ms=$6, due_ms=NULL WHERE event_id=$1`
+	setAnswerQuery  = `UPDATE bot_answer SET answer_id=$2 WHERE event_id=$1`
+	setDueQuery     = `UPDATE bot_answer SET due_ms=$2 WHERE event_id=$1`
+	setVerdictQuery = `
+		UPDATE bot_answer SET verdict=$2, session_id=$3, owner=$4, edits=$5, edited_at_ms=$6, kind=$7, answer_id=$8, sign=$9, next_sign='', due_ms=NULL
+		WHERE event_id=$1
+	`
+	setNextSignQuery  = `UPDATE bot_answer SET kind='reaction', next_sign=$2 WHERE event_id=$1`
+	setRedactedQuery  = `UPDATE bot_answer SET redacted_by=$2, due_ms=$3 WHERE event_id=$1`
+	clearRecordQuery  = `UPDATE bot_answer SET answer_id='', session_id='', owner='', due_ms=NULL WHERE event_id=$1`
 	deleteRecordQuery = `DELETE FROM bot_answer WHERE event_id=$1`
 	forgetRoomQuery   = `DELETE FROM bot_answer WHERE room_id=$1`
 	forgetOldQuery    = `DELETE FROM bot_answer WHERE told_at_ms<$1`
@@ -83,7 +114,10 @@ func scanRecord(row dbutil.Scannable) (*record, error) {
 	var verdict string
 	var told, edited int64
 	var due sql.NullInt64
-	err := row.Scan(&r.eventID, &r.roomID, &r.sender, &r.threadID, &r.answerID, &verdict, &told, &r.edits, &edited, &due)
+	err := row.Scan(
+		&r.eventID, &r.roomID, &r.sender, &r.threadID, &r.editOf, &r.kind, &r.answerID, &r.sign, &r.nextSign, &verdict, &told, &r.edits, &edited,
+		&due, &r.redactedBy,
+	)
 	if err != nil {
 		return nil, err
 	}
@@ -121,7 +155,8 @@ func (s *records) add(ctx context.Context, r *record) (*record, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = s.exec(ctx, insertRecordQuery, r.eventID, r.roomID, r.sender, r.threadID, r.verdict.SessionID, r.verdict.UserID, string(verdict), r.toldAt.UnixMilli())
+	err = s.exec(ctx, insertRecordQuery, r.eventID, r.roomID, r.sender, r.threadID, r.editOf, r.kind, r.sign, r.verdict.SessionID, r.verdict.UserID,
+		string(verdict), r.toldAt.UnixMilli(), r.redactedBy)
 	if err != nil {
 		return nil, err
 	}
@@ -156,14 +191,26 @@ func (s *records) setDue(ctx context.Context, r *record, due time.Time) error {
 	return s.exec(ctx, setDueQuery, r.eventID, dbutil.UnixMilliPtr(due))
 }
 
-// setVerdict notes what the room was told now.
+// setNextSign notes which reaction is about to be put in the place of the one that is there.
+func (s *records) setNextSign(ctx context.Context, r *record, sign string) error {
+	r.kind, r.nextSign = kindReaction, sign
+	return s.exec(ctx, setNextSignQuery, r.eventID, sign)
+}
+
+// setRedacted notes that a message was deleted, and that what was said about it is to be cleared now.
+func (s *records) setRedacted(ctx context.Context, r *record, by id.UserID, now time.Time) error {
+	r.redactedBy, r.due = by, now
+	return s.exec(ctx, setRedactedQuery, r.eventID, by, now.UnixMilli())
+}
+
+// setVerdict notes what the room was told now, and how.
 func (s *records) setVerdict(ctx context.Context, r *record, verdict cryptohook.Verdict) error {
 	text, err := json.Marshal(verdict)
 	if err != nil {
 		return err
 	}
-	r.verdict, r.due = verdict, time.Time{}
-	return s.exec(ctx, setVerdictQuery, r.eventID, string(text), verdict.SessionID, verdict.UserID, r.edits, r.editedAt.UnixMilli())
+	r.verdict, r.nextSign, r.due = verdict, "", time.Time{}
+	return s.exec(ctx, setVerdictQuery, r.eventID, string(text), verdict.SessionID, verdict.UserID, r.edits, r.editedAt.UnixMilli(), r.kind, r.answerID, r.sign)
 }
 
 func (s *records) nextDue(ctx context.Context, after time.Time) (time.Time, error) {

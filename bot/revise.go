@@ -41,11 +41,18 @@ type reviser struct {
 	review func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error)
 	// send sends a message until the homeserver has it, and says no when it refuses it for good, or the context ends.
 	send func(ctx context.Context, roomID id.RoomID, content *event.Content, transactionID string) (id.EventID, bool)
+	// react puts a sign to a message, and takeBack redacts an event of ours, in the same way.
+	react    func(ctx context.Context, roomID id.RoomID, to id.EventID, sign, transactionID string) (id.EventID, bool)
+	takeBack func(ctx context.Context, roomID id.RoomID, eventID id.EventID)
 	// hold waits while the bot may not say anything: see selfWatch.
 	hold func(ctx context.Context) (held, ok bool)
-	// annotate and quiet are the bot's: how it shows a verdict, and which it does not mention.
+	// annotate, shield, sign and kindOf are the bot's: how it shows a verdict, and whether it mentions it in a room.
 	annotate func(v cryptohook.Verdict) annotation
-	quiet    func(v cryptohook.Verdict) bool
+	shield   func(code cryptohook.Code) cryptohook.Shield
+	sign     func(v cryptohook.Verdict) string
+	kindOf   func(roomID id.RoomID, v cryptohook.Verdict) answerKind
+	// speech is the language of a room.
+	speech func(roomID id.RoomID) speech
 	// editsPerRoom is how many edits a minute there may be in a room; metrics counts them.
 	editsPerRoom int
 	metrics      *metrics
@@ -70,8 +77,8 @@ func (b *Bot) newReviser() *reviser {
 		review: func(ctx context.Context, told cryptohook.Verdict, sender id.UserID) (cryptohook.Verdict, error) {
 			return b.hook.Review(ctx, told, sender)
 		},
-		send: b.send, hold: b.self.hold,
-		annotate: b.annotate, quiet: b.isQuiet, editsPerRoom: b.config.Limits.EditsPerRoom, metrics: b.metrics,
+		send: b.send, react: b.react, takeBack: b.takeBack, hold: b.self.hold,
+		annotate: b.annotate, shield: b.shield, sign: b.sign, kindOf: b.kindOf, speech: b.speech, editsPerRoom: b.config.Limits.EditsPerRoom, metrics: b.metrics,
 		wake: make(chan struct{}, 1), edited: make(map[id.RoomID][]time.Time), everything: true,
 		users: make(map[id.UserID]struct{}), sessions: make(map[id.SessionID]struct{}),
 	}
@@ -84,7 +91,9 @@ func (r *reviser) changed(change cryptohook.Change) {
 		r.users[userID] = struct{}{}
 	}
 	for _, sessionID := range change.Sessions {
-		r.sessions[sessionID] = struct{}{}
+		if sessionID != "" { // what was not encrypted stays so
+			r.sessions[sessionID] = struct{}{}
+		}
 	}
 	r.mu.Unlock()
 	notify(r.wake)
@@ -195,6 +204,15 @@ func (r *reviser) affected(ctx context.Context, everything bool, users map[id.Us
 			return nil, err
 		}
 	}
+	// The reaction to a message is about its edits as well.
+	for _, rec := range all {
+		if rec.editOf == "" {
+			continue
+		}
+		if err := collect(getRecordQuery, rec.editOf); err != nil {
+			return nil, err
+		}
+	}
 	return all, nil
 }
 
@@ -204,7 +222,7 @@ func (r *reviser) reconsider(ctx context.Context, candidates []*record) error {
 	newest := make(map[warning]*record)
 	verdicts := make(map[id.EventID]cryptohook.Verdict)
 	for _, rec := range candidates {
-		if now.Sub(rec.toldAt) > answersStayTrue {
+		if now.Sub(rec.toldAt) > answersStayTrue || rec.redactedBy != "" || rec.kind == kindCommand {
 			continue
 		}
 		verdict, err := r.review(ctx, rec.verdict, rec.sender)
@@ -232,11 +250,10 @@ func (r *reviser) reconsider(ctx context.Context, candidates []*record) error {
 
 // plan notes when an answer is to be corrected, or that it need not be after all.
 func (r *reviser) plan(ctx context.Context, rec *record, verdict cryptohook.Verdict) error {
-	switch {
-	case r.same(rec, verdict), r.beingAnswered(rec):
-		return r.records.setDue(ctx, rec, time.Time{})
-	case rec.answerID == "" && r.quiet(verdict):
-		return r.records.setVerdict(ctx, rec, verdict)
+	if right, err := r.isRight(ctx, rec, verdict); err != nil {
+		return err
+	} else if right {
+		return r.settle(ctx, rec, verdict)
 	}
 	due := r.clock()
 	latest := due.Add(editPause) // later times are by a clock that was ahead
@@ -249,12 +266,52 @@ func (r *reviser) plan(ctx context.Context, rec *record, verdict cryptohook.Verd
 	return r.records.setDue(ctx, rec, due)
 }
 
+// isRight says that what the room sees of a message is what it should.
+func (r *reviser) isRight(ctx context.Context, rec *record, verdict cryptohook.Verdict) (bool, error) {
+	switch {
+	case rec.redactedBy != "":
+		return false, nil
+	case rec.kind == kindCommand:
+		return true, nil
+	case rec.kind == kindQuiet:
+		speaks, err := r.speaksUp(ctx, rec, verdict)
+		return !speaks, err
+	case r.beingAnswered(rec):
+		return true, nil
+	case rec.kind == kindReaction:
+		sign, err := r.signNow(ctx, rec, verdict)
+		return sign == rec.sign && rec.nextSign == "", err
+	}
+	return r.same(rec, verdict), nil
+}
+
+// settle notes that what the room sees is right. What it does not see is noted as it is now.
+func (r *reviser) settle(ctx context.Context, rec *record, verdict cryptohook.Verdict) error {
+	if r.same(rec, verdict) || r.beingAnswered(rec) {
+		return r.records.setDue(ctx, rec, time.Time{})
+	}
+	return r.records.setVerdict(ctx, rec, verdict)
+}
+
+// speaksUp says that a message about which the bot was quiet is worth a warning now.
+func (r *reviser) speaksUp(ctx context.Context, rec *record, verdict cryptohook.Verdict) (bool, error) {
+	if r.shield(verdict.Code) == cryptohook.ShieldNone || r.kindOf(rec.roomID, verdict) == kindQuiet {
+		return false, nil
+	}
+	if rec.editOf == "" {
+		return true, nil
+	}
+	told, err := r.alreadyTold(ctx, rec, verdict)
+	return !told, err
+}
+
 // beingAnswered says that the answer is on its way. When it is there, it is reviewed.
-func (r *reviser) beingAnswered(rec *record) bool { return rec.answerID == "" && !r.quiet(rec.verdict) }
+func (r *reviser) beingAnswered(rec *record) bool { return rec.answerID == "" && rec.kind != kindQuiet }
 
 // same says that the verdict would be told in the same words.
 func (r *reviser) same(rec *record, verdict cryptohook.Verdict) bool {
-	return r.annotate(rec.verdict) == r.annotate(verdict) && explain(rec.verdict, rec.sender) == explain(verdict, rec.sender)
+	s := r.speech(rec.roomID)
+	return r.annotate(rec.verdict) == r.annotate(verdict) && s.explain(rec.verdict, rec.sender) == s.explain(verdict, rec.sender)
 }
 
 // warn says aloud that what was told about somebody's messages has become worse: once a room, sender and kind within a day.
@@ -264,7 +321,7 @@ func (r *reviser) warn(ctx context.Context, w warning, newest *record, verdict c
 		return err
 	}
 	// It is not the answer to an event, so it carries no annotation.
-	content := noticeContent(warnOf(newest.verdict, verdict, newest.sender), nil)
+	content := noticeContent(r.speech(w.roomID).warnOf(newest.verdict, verdict, newest.sender), nil)
 	eventID, sent := r.send(ctx, w.roomID, content, hashOf("warning", w.roomID, w.sender, w.code, w.masterKey))
 	if ctx.Err() != nil {
 		return ctx.Err()
@@ -295,9 +352,11 @@ func (r *reviser) editDue(ctx context.Context) error {
 	})
 	for _, rec := range due {
 		verdict := verdicts[rec.eventID]
+		right, err := r.isRight(ctx, rec, verdict)
 		switch {
-		case r.same(rec, verdict), r.beingAnswered(rec):
-			err = r.records.setDue(ctx, rec, time.Time{})
+		case err != nil:
+		case right:
+			err = r.settle(ctx, rec, verdict)
 		case !r.mayEdit(rec.roomID):
 			err = r.records.setDue(ctx, rec, now.Add(editPause))
 		default:
@@ -323,15 +382,23 @@ func (r *reviser) mayEdit(roomID id.RoomID) bool {
 	return true
 }
 
-// correct edits an answer, or gives it now that it is worth giving.
+// correct edits an answer, gives it now that it is worth giving, or clears it.
 func (r *reviser) correct(ctx context.Context, rec *record, verdict cryptohook.Verdict) error {
+	if rec.redactedBy != "" {
+		return r.clear(ctx, rec)
+	}
+	if rec.kind == kindQuiet {
+		rec.kind = r.kindOf(rec.roomID, verdict)
+	}
+	if rec.kind == kindReaction {
+		return r.correctReaction(ctx, rec, verdict)
+	}
 	log := r.log.With().Stringer("room_id", rec.roomID).Stringer("event_id", rec.eventID).
 		Str("old_code", string(rec.verdict.Code)).Str("code", string(verdict.Code)).Logger()
-	var content *event.Content
+	s := r.speech(rec.roomID)
+	content := editContent(rec.answerID, s.correctedWords(rec, verdict), r.annotate(verdict))
 	if rec.answerID == "" {
-		content = answerContent(explain(verdict, rec.sender), r.annotate(verdict), replyTo(rec.eventID, rec.threadID))
-	} else {
-		content = editContent(rec.answerID, corrected(rec.verdict, verdict, rec.sender), r.annotate(verdict))
+		content = answerContent(s.wordsOn(rec, verdict), r.annotate(verdict), replyTo(rec.about(), rec.threadID))
 	}
 	// The words are part of it: if they change between a crash and the next try, that is another event.
 	raw, err := json.Marshal(content)
@@ -348,9 +415,7 @@ func (r *reviser) correct(ctx context.Context, rec *record, verdict cryptohook.V
 	r.metrics.edits.Inc()
 	log.Info().Stringer("edit_id", eventID).Msg("Corrected an answer")
 	if rec.answerID == "" {
-		if err = r.records.setAnswer(ctx, rec, eventID); err != nil {
-			return err
-		}
+		rec.answerID = eventID
 	} else {
 		rec.edits++
 	}
@@ -366,8 +431,10 @@ func (r *reviser) correctLate(ctx context.Context, evt *event.Event, verdict cry
 	if err != nil || rec == nil || rec.answerID == "" {
 		return false, err
 	}
-	if r.same(rec, verdict) {
-		return true, nil
+	if right, err := r.isRight(ctx, rec, verdict); err != nil {
+		return false, err
+	} else if right {
+		return true, r.settle(ctx, rec, verdict)
 	}
 	return true, r.correct(ctx, rec, verdict)
 }

@@ -118,15 +118,17 @@ func verdictOf(eventID string, session string, code cryptohook.Code) cryptohook.
 	return cryptohook.Verdict{EventID: id.EventID(eventID), Code: code, SessionID: id.SessionID(session), UserID: "@alice:example.org", DeviceID: "ALICE", MasterKey: "M"}
 }
 
+// record notes what the bot is about to tell of a message.
+func (w *revisedRooms) record(evt *event.Event, verdict cryptohook.Verdict) (*record, error) {
+	return w.bot.record(w.t.Context(), w.bot.newRecord(evt, verdict, w.bot.kindOf(evt.RoomID, verdict)))
+}
+
 // answered records an answer as the bot gives it.
 func (w *revisedRooms) answered(eventID, session string, code cryptohook.Code) *record {
 	w.t.Helper()
 	evt := &event.Event{ID: id.EventID(eventID), RoomID: "!room:example.org", Sender: "@alice:example.org", Type: event.EventMessage}
-	told, err := w.bot.record(w.t.Context(), evt, verdictOf(eventID, session, code))
-	if err != nil {
-		w.t.Fatal(err)
-	}
-	if !w.bot.isQuiet(told.verdict) {
+	told := must(w.record(evt, verdictOf(eventID, session, code)))(w.t)
+	if told.kind != kindQuiet {
 		w.bot.noteAnswer(w.t.Context(), told, "$answer-to-"+id.EventID(eventID)[1:])
 	}
 	return told
@@ -383,7 +385,7 @@ func TestOutdatedVerdictIsCorrectedThoughTheCodeStays(t *testing.T) {
 	evt := &event.Event{ID: "$one", RoomID: "!room:example.org", Sender: "@alice:example.org", Type: event.EventMessage}
 	verdict := verdictOf("$one", "s", cryptohook.CodeUnverifiedIdentity)
 	verdict.Outdated = true
-	w.bot.noteAnswer(t.Context(), must(w.bot.record(t.Context(), evt, verdict))(t), "$answer")
+	w.bot.noteAnswer(t.Context(), must(w.record(evt, verdict))(t), "$answer")
 	w.becomes("s", cryptohook.CodeUnverifiedIdentity)
 	if sent := w.round(); len(sent) != 1 || strings.Contains(sent[0].body(), "not answered in time") {
 		t.Errorf("sent %v", sent)
@@ -395,7 +397,7 @@ func TestLateKeyCorrectsTheAnswerAtOnce(t *testing.T) {
 	unreadable := verdictOf("$one", "s", cryptohook.CodeUnableToDecrypt)
 	unreadable.Reason = cryptohook.ReasonUnknownSession
 	evt := &event.Event{ID: "$one", RoomID: "!room:example.org", Sender: "@alice:example.org", Type: event.EventEncrypted}
-	w.bot.noteAnswer(t.Context(), must(w.bot.record(t.Context(), evt, unreadable))(t), "$answer")
+	w.bot.noteAnswer(t.Context(), must(w.record(evt, unreadable))(t), "$answer")
 	w.round()
 	answered, err := w.bot.reviser.correctLate(t.Context(), evt, verdictOf("$one", "s", cryptohook.CodeVerified))
 	if err != nil || !answered {
@@ -442,8 +444,8 @@ func TestRefusedEditsAndOldAnswersAreLeft(t *testing.T) {
 func TestRepeatedMessageIsToldTheSameVerdict(t *testing.T) {
 	w := newRevisedRooms(t, ModeReply)
 	evt := &event.Event{ID: "$one", RoomID: "!room:example.org", Sender: "@alice:example.org", Type: event.EventMessage}
-	must(w.bot.record(t.Context(), evt, verdictOf("$one", "s", cryptohook.CodeUnsignedDevice)))(t)
-	again := must(w.bot.record(t.Context(), evt, verdictOf("$one", "s", cryptohook.CodeVerified)))(t)
+	must(w.record(evt, verdictOf("$one", "s", cryptohook.CodeUnsignedDevice)))(t)
+	again := must(w.record(evt, verdictOf("$one", "s", cryptohook.CodeVerified)))(t)
 	if again.verdict.Code != cryptohook.CodeUnsignedDevice || again.answerID != "" {
 		t.Errorf("told %+v", again)
 	}
@@ -453,7 +455,7 @@ func TestRepeatedMessageIsToldTheSameVerdict(t *testing.T) {
 func TestChangeWhileTheAnswerIsOnItsWayMakesNoSecondAnswer(t *testing.T) {
 	w := newRevisedRooms(t, ModeReply)
 	evt := &event.Event{ID: "$one", RoomID: "!room:example.org", Sender: "@alice:example.org", Type: event.EventMessage}
-	told := must(w.bot.record(t.Context(), evt, verdictOf("$one", "s", cryptohook.CodeUnsignedDevice)))(t)
+	told := must(w.record(evt, verdictOf("$one", "s", cryptohook.CodeUnsignedDevice)))(t)
 	w.becomes("s", cryptohook.CodeVerified)
 	if sent := w.round(); len(sent) != 0 {
 		t.Fatalf("sent %v", sent)
