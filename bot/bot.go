@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -33,20 +34,31 @@ type Bot struct {
 	owner  *cryptohook.Ownership
 	client *mautrix.Client
 	hook   *cryptohook.Hook
-	// reviser keeps the answers true.
+	// reviser keeps the answers true; modes are how rooms want them.
 	reviser *reviser
+	modes   *roomModes
 	// limiter decides what is answered, invitations what is joined.
 	limiter     *limiter
 	invitations *invitations
 	metrics     *metrics
 	clock       func() time.Time
+	// startedAt is when the process began.
+	startedAt time.Time
 	// tokenRefusedAt is since when the homeserver refuses the configured token; zero: it does not.
 	tokenRefusedAt time.Time
 	// self holds answers back while nobody can check that they are the bot's.
 	self *selfWatch
+	// verifications are those with people that are under way.
+	verifications *verifications
 
 	// background are the joins that a slow server holds up.
 	background sync.WaitGroup
+	// backupAdvice is what the log last said of the account's key backup.
+	backupAdvice string
+	// displayName is the bot's when the session began; empty: it has none.
+	displayName string
+	// refusals counts the commands that were refused as not an operator's.
+	refusals atomic.Int64
 	// saidNotEncrypted remembers the rooms that were told; see noteSaidNotEncrypted.
 	saidNotEncrypted sync.Map
 }
@@ -55,7 +67,7 @@ type Bot struct {
 func New(config *Config, log zerolog.Logger) *Bot {
 	steady := clock.Steady()
 	return &Bot{
-		Output: os.Stderr, config: config, log: log, clock: steady, metrics: newMetrics(), limiter: newLimiter(config, steady),
+		Output: os.Stderr, config: config, log: log, clock: steady, startedAt: steady(), metrics: newMetrics(), limiter: newLimiter(config, steady),
 	}
 }
 
@@ -122,10 +134,19 @@ func (b *Bot) session(ctx context.Context) (ready bool, err error) {
 	if err = b.prepareIdentity(ctx); err != nil {
 		return false, err
 	}
+	if err = b.loadModes(ctx); err != nil {
+		return false, err
+	}
+	b.learnDisplayName(ctx)
 	handlers := b.client.Syncer.(mautrix.ExtensibleSyncer)
 	handlers.OnEventType(event.StateMember, b.handleMember)
+	handlers.OnEventType(stateMode, b.handleMode)
+	handlers.OnEventType(event.EventRedaction, b.handleRedaction)
 	for _, answered := range []event.Type{event.EventMessage, event.EventSticker, event.EventEncrypted} {
 		handlers.OnEventType(answered, b.answer)
+	}
+	if err = b.startVerifications(ctx); err != nil {
+		return false, err
 	}
 	b.log.Info().
 		Stringer("user_id", b.client.UserID).Stringer("device_id", b.client.DeviceID).Stringer("master_key", b.ownMasterKey()).
@@ -146,6 +167,7 @@ func (b *Bot) work(ctx context.Context) error {
 	revising, stop := context.WithCancel(ctx)
 	b.background.Go(func() { b.reviser.run(revising) })
 	b.background.Go(func() { b.self.run(revising) })
+	b.background.Go(func() { b.verifications.run(revising) })
 	b.resumeInvitations(revising)
 	b.background.Go(func() { b.invitations.run(revising) })
 	b.metrics.observe(b.hook, b.invitations)

@@ -40,7 +40,7 @@ func (b *Bot) handleMember(ctx context.Context, evt *event.Event) {
 			log.Warn().Msg("Leaving an invite for later: there are too many")
 		}
 	case evt.GetStateKey() == b.client.UserID.String() && (membership == event.MembershipLeave || membership == event.MembershipBan):
-		if err := b.reviser.forgetRoom(ctx, evt.RoomID); err != nil {
+		if err := b.forgetRoom(ctx, evt.RoomID); err != nil {
 			log.Err(err).Msg("Failed to forget the answers in a room that the bot is no longer in")
 		}
 	case evt.GetStateKey() != b.client.UserID.String() && (membership == event.MembershipLeave || membership == event.MembershipBan):

@@ -168,6 +168,10 @@ func newChattyRoom(t *testing.T, mode string) *chattyRoom {
 	t.Helper()
 	c := &chattyRoom{revisedRooms: newRevisedRooms(t, mode), clock: newTestClock()}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet {
+			http.Error(w, `{"errcode":"M_NOT_FOUND","error":"there is nothing"}`, http.StatusNotFound)
+			return
+		}
 		var content map[string]any
 		_ = json.NewDecoder(r.Body).Decode(&content)
 		c.mu.Lock()
@@ -189,10 +193,7 @@ func (c *chattyRoom) hear(eventID string, sender id.UserID, code cryptohook.Code
 	evt.Content.Parsed = &event.MessageEventContent{MsgType: event.MsgText, Body: "hi"}
 	log := zerolog.Nop()
 	ctx := log.WithContext(context.Background())
-	verdict := verdictOf(eventID, "s"+eventID, code)
-	if c.bot.mayAnswer(ctx, evt, verdict) {
-		c.bot.reply(ctx, evt, verdict)
-	}
+	c.bot.answerMessage(ctx, evt, verdictOf(eventID, "s"+eventID, code))
 	return c.said[before:]
 }
 

@@ -95,6 +95,8 @@ var hookMetrics = []hookMetric{
 		func(s *cryptohook.Stats) float64 { return float64(s.KeySearches) }},
 	{describe("pending_users", "Users whose device lists are to be asked for."), prometheus.GaugeValue,
 		func(s *cryptohook.Stats) float64 { return float64(s.PendingUsers) }},
+	{describe("keys_to_back_up", "Keys that are to be put into the account's key backup; 0 also while none is kept."), prometheus.GaugeValue,
+		func(s *cryptohook.Stats) float64 { return float64(s.KeysToBackUp) }},
 	{describe("events_total", "Room events that were judged and handed on."), prometheus.CounterValue,
 		func(s *cryptohook.Stats) float64 { return float64(s.Events) }},
 	{describe("room_keys_total", "Room keys that were stored."), prometheus.CounterValue,
@@ -116,6 +118,7 @@ var (
 	syncAgeDesc        = describe("sync_age_seconds", "How long ago the last news from the homeserver were taken in.")
 	readyDesc          = describe("ready", "1 while the bot is connected to the homeserver, as /ready says.")
 	pendingInvitesDesc = describe("pending_invites", "Invitations that are to be accepted.")
+	backupAgeDesc      = describe("backup_age_seconds", "How long ago keys were last put into the account's key backup.")
 	ownIdentityDesc    = describe("own_identity", "1 for what the homeserver shows of the bot's own device and identity; anything but fine stops the answers.", "state")
 )
 
@@ -124,7 +127,7 @@ func (m *metrics) Describe(descs chan<- *prometheus.Desc) {
 	for _, metric := range hookMetrics {
 		descs <- metric.desc
 	}
-	for _, desc := range []*prometheus.Desc{hookLimitsDesc, syncAgeDesc, readyDesc, pendingInvitesDesc, ownIdentityDesc} {
+	for _, desc := range []*prometheus.Desc{hookLimitsDesc, syncAgeDesc, readyDesc, pendingInvitesDesc, backupAgeDesc, ownIdentityDesc} {
 		descs <- desc
 	}
 }
@@ -153,6 +156,9 @@ func (m *metrics) Collect(values chan<- prometheus.Metric) {
 	}
 	if !stats.SyncedAt.IsZero() {
 		values <- prometheus.MustNewConstMetric(syncAgeDesc, prometheus.GaugeValue, m.clock().Sub(stats.SyncedAt).Seconds())
+	}
+	if !stats.BackedUpAt.IsZero() {
+		values <- prometheus.MustNewConstMetric(backupAgeDesc, prometheus.GaugeValue, m.clock().Sub(stats.BackedUpAt).Seconds())
 	}
 }
 

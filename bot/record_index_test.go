@@ -17,6 +17,14 @@ var everyQuery = map[string]string{
 	"setDueQuery": setDueQuery, "setVerdictQuery": setVerdictQuery, "deleteRecordQuery": deleteRecordQuery, "forgetRoomQuery": forgetRoomQuery,
 	"forgetOldQuery": forgetOldQuery, "wasSaidQuery": wasSaidQuery, "insertSaidQuery": insertSaidQuery, "forgetSaidQuery": forgetSaidQuery,
 	"getSaidAtQuery": getSaidAtQuery, "deleteSaidQuery": deleteSaidQuery, "endDoubtsQuery": endDoubtsQuery,
+	"getOfAnswerQuery": getOfAnswerQuery, "getEditsQuery": getEditsQuery, "setNextSignQuery": setNextSignQuery,
+	"setRedactedQuery": setRedactedQuery, "clearRecordQuery": clearRecordQuery,
+	"getModesQuery": getModesQuery, "putModeQuery": putModeQuery, "deleteModeQuery": deleteModeQuery,
+	"insertAuditQuery": insertAuditQuery, "getAuditQuery": getAuditQuery, "pruneAuditQuery": pruneAuditQuery,
+	"getVerificationsQuery": getVerificationsQuery,
+	"insertVerificationQuery": insertVerificationQuery, "endVerificationQuery": endVerificationQuery,
+	"openVerificationsQuery": openVerificationsQuery, "hadVerificationQuery": hadVerificationQuery,
+	"forgetVerificationsQuery": forgetVerificationsQuery,
 }
 
 // upgraded gives a database with the bot's tables.

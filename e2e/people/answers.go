@@ -50,6 +50,7 @@ type Answer struct {
 
 // Notice is what a bot said that answers no event.
 type Notice struct {
+	EventID   id.EventID
 	RoomID    id.RoomID
 	Sender    id.UserID
 	Body      string
@@ -153,7 +154,7 @@ func (s *seen) takeAnswer(evt *event.Event, self id.UserID) {
 	}
 	annotation, malformed, found := parseAnnotation(evt.Content.VeryRaw)
 	if !found && content.MsgType == event.MsgNotice {
-		s.notices = append(s.notices, Notice{evt.RoomID, evt.Sender, content.Body, evt.Mautrix.WasEncrypted})
+		s.notices = append(s.notices, Notice{evt.ID, evt.RoomID, evt.Sender, content.Body, evt.Mautrix.WasEncrypted})
 	}
 	if !found || s.answer[evt.ID] != nil {
 		return

@@ -13,6 +13,18 @@ func (p *Person) Send(ctx context.Context, roomID id.RoomID, text string) (id.Ev
 	return p.sendEncrypted(ctx, roomID, event.EventMessage, textContent(text))
 }
 
+// SendContent sends a message of any content into an encrypted room, encrypted like [Person.Send].
+func (p *Person) SendContent(ctx context.Context, roomID id.RoomID, content map[string]any) (id.EventID, error) {
+	return p.sendEncrypted(ctx, roomID, event.EventMessage, content)
+}
+
+// SendReply sends a text as a reply to an event.
+func (p *Person) SendReply(ctx context.Context, roomID id.RoomID, to id.EventID, text string) (id.EventID, error) {
+	content := textContent(text)
+	content["m.relates_to"] = map[string]any{"m.in_reply_to": map[string]any{"event_id": to}}
+	return p.sendEncrypted(ctx, roomID, event.EventMessage, content)
+}
+
 // SendInThread sends a text into the thread of a root event.
 func (p *Person) SendInThread(ctx context.Context, roomID id.RoomID, root id.EventID, text string) (id.EventID, error) {
 	content := textContent(text)

@@ -37,6 +37,8 @@ type seen struct {
 	answers map[id.EventID][]*Answer // by the event that they answer
 	answer  map[id.EventID]*Answer   // by their own ID
 	notices []Notice
+	// verification are the events of verifications, in rooms and to this device.
+	verification []*event.Event
 	// undecrypted are events whose key has not come yet.
 	undecrypted []*event.Event
 }
@@ -139,6 +141,7 @@ func (p *Person) process(ctx context.Context, resp *mautrix.RespSync, since stri
 		for _, evt := range timeline {
 			s.events[evt.ID] = true
 		}
+		s.takeVerification(append(resp.ToDevice.Events, read...))
 		for _, evt := range read {
 			s.takeAnswer(evt, p.UserID)
 		}
