@@ -16,6 +16,12 @@ demo: ## a conversation with the bot on a private homeserver; KEEP=1 leaves it r
 	@$(GO) build -tags $(TAGS) -o .cache/demo ./e2e/demo
 	@exec .cache/demo
 
+.PHONY: pictures
+pictures: ## take the pictures in docs/pictures again: the bot in a desktop client (a minute; Debian's nheko, on a screen that nobody sees)
+	@./e2e/setup.sh go synapse desktop >/dev/null
+	@$(GO) build -tags $(TAGS) -o .cache/pictures ./e2e/pictures
+	@exec .cache/pictures
+
 .PHONY: test
 test: ## all tests: units with the race detector, again on PostgreSQL, then Synapse, the bot as a process, and Element's crypto
 	@./e2e/setup.sh go synapse element postgres >/dev/null

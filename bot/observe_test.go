@@ -95,7 +95,7 @@ func TestMetricsNameNobody(t *testing.T) {
 	}
 	text := scrape(t, c.bot.metrics)
 	for _, name := range []string{
-		"sendertrust_sync_age_seconds", "sendertrust_queued_events", "sendertrust_waiting_events", "sendertrust_key_queries_total", "sendertrust_pending_invites",
+		"sendertrust_sync_age_seconds", "sendertrust_queued_events", "sendertrust_waiting_events", "sendertrust_key_queries_total", "sendertrust_pending_invites", "sendertrust_keys_to_back_up",
 		"sendertrust_database_errors_total", `sendertrust_hook_limits_reached_total{limit="waiting_events"}`, `sendertrust_bot_limits_reached_total{limit="answers_per_sender"}`,
 		"sendertrust_send_retries_total", "process_resident_memory_bytes", "go_goroutines",
 	} {

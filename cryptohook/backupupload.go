@@ -134,19 +134,26 @@ func (k *backupKeeper) work(ctx context.Context) (more bool, err error) {
 		}
 	}
 	h, version := k.hook, k.backup.version
-	waiting, err := h.store.countToBackUp(ctx, h.uow.AccountID, version)
-	k.waiting.Store(int64(waiting))
-	if err != nil || waiting == 0 {
-		return false, err
+	// They are counted once for many batches: that takes as long as there are many.
+	if k.waiting.Load() <= 0 {
+		waiting, err := h.store.countToBackUp(ctx, h.uow.AccountID, version)
+		k.waiting.Store(int64(waiting))
+		if err != nil || waiting == 0 {
+			return false, err
+		}
 	}
 	sessions, err := h.store.toBackUp(ctx, h.uow.AccountID, version, k.size)
-	if err == nil {
-		err = k.upload(ctx, sessions)
+	if err == nil && len(sessions) == 0 {
+		k.waiting.Store(0)
 	}
-	if err != nil {
+	if err != nil || len(sessions) == 0 {
 		return false, err
 	}
-	return k.waiting.Add(-int64(len(sessions))) > 0, nil
+	if err = k.upload(ctx, sessions); err != nil {
+		return false, err
+	}
+	k.waiting.Store(max(0, k.waiting.Load()-int64(len(sessions))))
+	return true, nil
 }
 
 // look finds the backup, or makes it. Why there is none is told once.

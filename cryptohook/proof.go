@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"maunium.net/go/mautrix"
@@ -260,7 +261,8 @@ func (h *Hook) withOurSignature(ctx context.Context, identity *Identity, master 
 	if err != nil {
 		return nil, fmt.Errorf("failed to read our signature on the master key of %s: %w", identity.UserID, err)
 	}
-	signed, err := addSignature(master, own, signer.String(), signatures[signer])
+	// mautrix's column has more characters than a signature: PostgreSQL fills it up.
+	signed, err := addSignature(master, own, signer.String(), strings.TrimRight(signatures[signer], " "))
 	if err != nil || !signedBy(signed, own, signer) {
 		return master, err
 	}

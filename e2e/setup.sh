@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # Installs what the demo and the end-to-end tests need, into the project's .cache folder.
 #
-#   e2e/setup.sh            all of the following
+#   e2e/setup.sh            all of the following but the desktop
 #   e2e/setup.sh go         nothing to install in .cache: looks for Go and a C compiler (SQLite is compiled with it)
 #   e2e/setup.sh synapse    a Python environment with the homeserver; its directory is printed
 #   e2e/setup.sh element    Node modules with Element's crypto; their directory is printed
 #   e2e/setup.sh postgres   nothing in .cache: looks for the programs of PostgreSQL 14 or newer; their directory is printed
+#   e2e/setup.sh desktop    nothing in .cache: looks for a desktop client and a screen for it; only make pictures needs them
 #
 # What is installed already is left alone, which takes no time. What the system lacks is named with the command that installs it;
 # root gets it installed. Several runs at once wait for each other. Standard output has nothing but the directories.
@@ -78,6 +79,13 @@ postgres_programs() {
 has_postgres() { postgres_programs >/dev/null; }
 has_node() { have npm && have node && node -e 'process.exit(parseInt(process.versions.node) < 20 ? 1 : 0)'; }
 
+# The client, the screen and the fonts of the pictures. The bindings are those of the system's Python, whichever comes first on the PATH.
+has_desktop() {
+  have nheko && have Xvfb && have openbox && have dbus-daemon && have xdotool && have import && have fc-list &&
+    /usr/bin/python3 -c 'import pyatspi' 2>/dev/null && [[ -x /usr/libexec/at-spi-bus-launcher ]] &&
+    [[ -n $(fc-list Inter) && -n $(fc-list 'Noto Color Emoji') ]]
+}
+
 setup_go() {
   provide has_go "Go 1.26 or newer" golang-go
   provide has_cc "a C compiler with its headers" gcc libc6-dev
@@ -137,10 +145,15 @@ setup_postgres() {
   postgres_programs
 }
 
+setup_desktop() {
+  provide has_desktop "the Matrix client nheko and a screen for it" nheko xvfb openbox dbus xdotool imagemagick at-spi2-core \
+    python3-pyatspi fontconfig fonts-inter fonts-noto-color-emoji
+}
+
 (($#)) || set -- go synapse element postgres
 for part; do
   case $part in
-    go | synapse | element | postgres) "setup_$part" ;;
-    *) fail "there is no '$part'; there are: go, synapse, element, postgres" ;;
+    go | synapse | element | postgres | desktop) "setup_$part" ;;
+    *) fail "there is no '$part'; there are: go, synapse, element, postgres, desktop" ;;
   esac
 done
