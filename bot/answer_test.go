@@ -68,6 +68,10 @@ func TestAnswerStaysInTheThread(t *testing.T) {
 	if reply.Type != event.RelThread || reply.EventID != "$root" || reply.InReplyTo.EventID != "$event" || reply.IsFallingBack {
 		t.Errorf("%+v", reply)
 	}
+	unreadable := roomEvent(t, event.EventEncrypted, "@alice:example.org", `{"algorithm":"m.megolm.v1.aes-sha2","ciphertext":"x","m.relates_to":{"rel_type":"m.thread","event_id":"$root"}}`)
+	if reply = replyToEvent(unreadable); reply.Type != event.RelThread || reply.EventID != "$root" {
+		t.Errorf("to a message that cannot be read: %+v", reply)
+	}
 	reply = replyToEvent(roomEvent(t, event.EventMessage, "@alice:example.org", `{"msgtype":"m.text","body":"hi"}`))
 	if reply.Type != "" || reply.EventID != "" || reply.InReplyTo.EventID != "$event" {
 		t.Errorf("%+v", reply)

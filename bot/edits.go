@@ -3,6 +3,7 @@ package bot
 import (
 	"cmp"
 	"context"
+	"slices"
 
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix/event"
@@ -155,6 +156,33 @@ func (s speech) aboutEdit(rec *record, words text) text {
 	words.headline = s.phrase("edit.headline", vars{"Headline": words.headline})
 	words.known = s.phrase("edit.known", vars{"Known": words.known})
 	return words
+}
+
+// mostEditsTold is how many edits of a message are explained with it.
+const mostEditsTold = 5
+
+// editsInWords says of the edits of a message in the last day what they are worth, if that is something else than the message.
+func (b *Bot) editsInWords(ctx context.Context, s speech, evt *event.Event, verdict cryptohook.Verdict) (said []words) {
+	edits, err := b.reviser.records.list(ctx, getEditsQuery, evt.ID)
+	if err != nil {
+		zerolog.Ctx(ctx).Err(err).Msg("Failed to look up the edits of a message")
+	}
+	known := []cryptohook.Verdict{verdict}
+	for _, edit := range edits {
+		now, err := b.reviser.review(ctx, edit.verdict, edit.sender)
+		if err != nil {
+			zerolog.Ctx(ctx).Err(err).Msg("Failed to look at the verdict on an edit again")
+			now = edit.verdict
+		}
+		repeats := slices.ContainsFunc(known, func(v cryptohook.Verdict) bool { return fromTheSame(v, now) })
+		if repeats || edit.redactedBy != "" || len(said) == mostEditsTold {
+			continue
+		}
+		known = append(known, now)
+		about := s.explain(now, edit.sender)
+		said = append(said, remark(s.phrase("edit.explained", vars{"Sign": about.sign, "Headline": about.headline, "Known": about.known})))
+	}
+	return said
 }
 
 // wasDeleted says that a message was deleted before its turn came.

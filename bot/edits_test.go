@@ -324,6 +324,19 @@ func TestEditThatBecomesWorseIsTold(t *testing.T) {
 	f.silence("again", f.work)
 }
 
+// Nothing was said of either of two edits. That both are worth less now is said once.
+func TestQuietEditsThatBecomeWorseAreToldOnce(t *testing.T) {
+	f := newFakeRooms(t, ModeWarnings)
+	f.silence("a message", f.hear(from("$one", "PHONE", fine)))
+	f.silence("an edit", f.hear(from("$edit1", "TABLET", fine).editing("$one")))
+	f.silence("another", f.hear(from("$edit2", "TABLET", fine).editing("$one")))
+	f.becomesOf("sTABLET", "TABLET", bad)
+	if said := f.only(f.work); said.relation().ReplyTo.EventID != "$one" || said.code() != string(bad) {
+		t.Errorf("said %v", said)
+	}
+	f.silence("later", func() { f.now = f.now.Add(time.Hour) })
+}
+
 // What becomes of the message becomes of its edits: that is said once.
 func TestMessageAndItsEditBecomeWorseTogether(t *testing.T) {
 	f := newFakeRooms(t, ModeReply)
@@ -450,7 +463,7 @@ func TestAnswerToADeletedCommandIsCleared(t *testing.T) {
 		t.Errorf("said %v", cleared)
 	}
 	f.redact("$other", "@alice:example.org")()
-	if !f.bot.wasDeleted(t.Context(), "$other") || !f.bot.wasDeleted(t.Context(), "$command") || f.bot.wasDeleted(t.Context(), "$edit") {
+	if !f.bot.wasDeleted(t.Context(), "$other") || !f.bot.wasDeleted(t.Context(), "$command") || f.bot.wasDeleted(t.Context(), "$nothing") {
 		t.Error("it is not known what was deleted")
 	}
 }
@@ -508,6 +521,19 @@ func TestMessageThatWasDeletedMeanwhileIsNotAnswered(t *testing.T) {
 		f.silence(mode, f.redact("$one", "@alice:example.org"))
 		f.silence(mode, f.hear(from("$one", "PHONE", bad)))
 	}
+}
+
+// The process died before it was answered.
+func TestMessageThatWasDeletedAfterACrashIsNotAnswered(t *testing.T) {
+	f := newFakeRooms(t, ModeReply)
+	f.says(f.hear(from("$one", "PHONE", bad)))
+	if err := f.bot.reviser.records.exec(t.Context(), setAnswerQuery, "$one", ""); err != nil {
+		t.Fatal(err)
+	}
+	clear(f.byTxn) // the request never reached the homeserver
+	f.redact("$one", "@alice:example.org")()
+	f.start()
+	f.silence("the message again", f.hear(from("$one", "PHONE", bad)))
 }
 
 func TestDeletedAnswerIsLeftAlone(t *testing.T) {

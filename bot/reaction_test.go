@@ -114,6 +114,28 @@ func TestReactionIsTheWorstOfAMessageAndItsEdits(t *testing.T) {
 	f.wantSign("$one", "⛔")
 }
 
+// Whoever sees a sign that is an edit's can ask about it.
+func TestEditsAreExplainedWithTheirMessage(t *testing.T) {
+	f := newFakeRooms(t, ModeReaction)
+	one := from("$one", "PHONE", fine)
+	f.says(f.hear(one))
+	f.says(f.hear(from("$edit1", "PHONE", fine).editing("$one")))
+	f.says(f.hear(from("$edit2", "STOLEN", bad).editing("$one")))
+	f.says(f.hear(from("$edit3", "STOLEN", bad).editing("$one")))
+	for n := range 10 {
+		f.says(f.hear(from(id.EventID(fmt.Sprint("$more", n)), id.DeviceID(fmt.Sprint("D", n)), bad).editing("$one")))
+	}
+	said := page(f.bot.editsInWords(t.Context(), speeches["en"], f.event(one), one.verdict)).plain()
+	if strings.Count(said, "put there later: Sent from a device that @alice:example.org has not confirmed") != mostEditsTold || strings.Count(said, "STOLEN") != 1 || strings.Contains(said, "PHONE") {
+		t.Errorf("says %s", said)
+	}
+	f.redact("$edit2", "@alice:example.org")()
+	f.redact("$edit3", "@alice:example.org")()
+	if said = page(f.bot.editsInWords(t.Context(), speeches["en"], f.event(one), one.verdict)).plain(); strings.Contains(said, "STOLEN") {
+		t.Errorf("says of what was deleted %s", said)
+	}
+}
+
 func TestReactionToAnEditOfAMessageThatTheBotNeverSaw(t *testing.T) {
 	f := newFakeRooms(t, ModeReaction)
 	f.silence("nothing wrong", f.hear(from("$fine", "PHONE", fine).editing("$old")))

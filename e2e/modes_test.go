@@ -101,6 +101,7 @@ func TestReactionShowsTheWorstOfAMessageAndItsEdits(t *testing.T) {
 	edit := must(stolen.SendEdit(ctx, room, message, say("pay Mallory")))(t)
 	expectSign(t, bot, alice, room, message, "⛔")
 	expectNoAnswer(t, alice, room, edit)
+	ask(t, alice, room, message, "!trust explain", "was edited later", "put there later", stolen.DeviceID.String())
 	second := must(alice.Send(ctx, room, say("delete me")))(t)
 	expectSign(t, bot, alice, room, second, "ℹ️")
 	ok(t, alice.Redact(ctx, room, second))
