@@ -35,7 +35,10 @@ func (b *Bot) explainMessage(ctx context.Context, o *order, hook examiner) respo
 	if err != nil {
 		return o.failed(ctx, err)
 	}
-	return response{words: atMost(min(mostClaims, len(found.Claims)), func(claims int) words { return b.proofInWords(ctx, o.speech, evt, found, claims) })}
+	return response{words: atMost(min(mostClaims, len(found.Claims))+1, func(parts int) words {
+		// With names that somebody has made long, rather the steps than the details.
+		return b.proofInWords(ctx, o.speech, evt, found, max(parts-1, min(parts, len(found.Claims), 1)), parts > 1 || len(found.Claims) == 0)
+	})}
 }
 
 // messageMeant gives the message that a command is about, as the homeserver has it. The response says what is wrong if there is none of
@@ -103,11 +106,12 @@ func examine(ctx context.Context, hook examiner, evt *event.Event) (*cryptohook.
 const mostClaims = 5
 
 // proofInWords is the answer: what was said of the message, the steps that lead there, and what to do. Of so many claims it tells.
-func (b *Bot) proofInWords(ctx context.Context, s speech, evt *event.Event, found *cryptohook.Examination, claims int) words {
+func (b *Bot) proofInWords(ctx context.Context, s speech, evt *event.Event, found *cryptohook.Examination, claims int, details bool) words {
 	said := s.explain(found.Verdict, evt.Sender)
 	p := page{text{sign: said.sign, headline: said.headline, known: said.known}}
 	if wasEdited(evt) {
 		p = append(p, remark(s.phrase("explain.edited", nil)))
+		p = append(p, b.editsInWords(ctx, s, evt, found.Verdict)...)
 	}
 	if claims > 0 {
 		p = append(p, points{above: s.phrase("explain.steps", nil), items: b.proofSteps(ctx, s, evt, found, claims), numbered: true})
@@ -115,7 +119,10 @@ func (b *Bot) proofInWords(ctx context.Context, s speech, evt *event.Event, foun
 	if said.advice != "" {
 		p = append(p, advice(said.advice))
 	}
-	return append(p, smallPrint{title: s.phrase("explain.details", nil), lines: s.proofDetails(found, claims)})
+	if details {
+		p = append(p, smallPrint{title: s.phrase("explain.details", nil), lines: s.proofDetails(found, claims)})
+	}
+	return p
 }
 
 // proofSteps are the links of the chain from the message to the person, as far as it goes.
@@ -329,7 +336,9 @@ func (s speech) describeChanges(changes []cryptohook.IdentityChange) string {
 // proofDetails are what experts want to see: identifiers, keys, and the steps A–J that were walked, a line for each claim.
 func (s speech) proofDetails(found *cryptohook.Examination, claims int) []string {
 	v := found.Verdict
-	lines := []string{s.phrase("explain.detail_event", vars{"Event": showName(v.EventID.String()), "Code": clip(string(v.Code)), "State": orDash(string(v.State))})}
+	lines := []string{s.phrase("explain.detail_event", vars{
+		"Event": showName(v.EventID.String()), "Code": clip(string(v.Code)), "State": orDash(string(v.State)),
+	})}
 	if v.Reason != "" {
 		lines = append(lines, s.phrase("explain.detail_reason", vars{"Reason": showName(v.Reason)}))
 	}

@@ -418,5 +418,18 @@ func TestExplanationsBearHostileNames(t *testing.T) {
 		if html := said.html(); strings.Contains(html, "<img") || strings.Contains(html, "\u202e") {
 			t.Errorf("%s: %.2000s", language, html)
 		}
+		// With keys as they are, and names as long as servers let them be, the steps are told.
+		few := provenBy(cryptohook.CodeUnverifiedIdentity, cryptohook.StateSenderUnverified, "unverified")
+		few.Claims[0].UserID = id.UserID("@" + long[:24] + strings.Repeat("<\U000e0001", 45) + ":x")
+		few.Claims[0].DeviceID, few.Identity.UserID = id.DeviceID(long[:24]+strings.Repeat("<\U000e0001", 90)), few.Claims[0].UserID
+		few.Claims = append(few.Claims, few.Claims[0], few.Claims[0])
+		said = a.explainMessage(t.Context(), a.asked(language, "explain", "$message"), &knowing{found: few}).words
+		if size := sizeOf(t, said); size > longestAnswer {
+			t.Errorf("%s: %d bytes", language, size)
+		}
+		html := said.html()
+		if strings.Contains(html, "<img") || strings.Contains(html, "\u202e") || !strings.Contains(html, "<ol>") {
+			t.Errorf("%s: %.2000s", language, html)
+		}
 	}
 }

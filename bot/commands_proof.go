@@ -47,7 +47,9 @@ func (b *Bot) proveMessage(ctx context.Context, o *order, prove prover, ownKey i
 	return response{
 		words: page{
 			o.speech.text(signPlain, "proof.made", vars{"Name": showUser(evt.Sender)}),
-			points{above: o.speech.phrase("proof.contents", nil), items: []string{o.speech.phrase("proof.shows", nil), o.speech.phrase("proof.does_not_show", nil), o.speech.phrase("proof.as_of", nil)}},
+			points{above: o.speech.phrase("proof.contents", nil), items: []string{
+				o.speech.phrase("proof.shows", nil), o.speech.phrase("proof.does_not_show", nil), o.speech.phrase("proof.as_of", nil),
+			}},
 			remark(o.speech.phrase("proof.how", nil)),
 			codeLine(`sendertrust --verify-proof ` + name + ` --master-key "` + ownKey.String() + `"`),
 			advice(o.speech.phrase("proof.own_key", nil)),

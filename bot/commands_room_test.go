@@ -54,7 +54,7 @@ func standingByName(userID id.UserID) cryptohook.UserStanding {
 func TestRoomListsTheMostWorryingFirst(t *testing.T) {
 	a := newAskedBot(t)
 	a.encrypt(theRoom)
-	for _, userID := range []id.UserID{a.client.UserID, "@verified:x", "@plain:x", "@messy:x", "@unknown:x", "@without:x", "@changed:x", "@replaced:x"} {
+	for _, userID := range []id.UserID{a.client.UserID, "@verified:x", "@another:x", "@messy:x", "@unknown:x", "@without:x", "@changed:x", "@replaced:x"} {
 		a.enter(theRoom, userID, event.MembershipJoin, "")
 	}
 	a.enter(theRoom, "@gone:x", event.MembershipLeave, "")
@@ -72,7 +72,7 @@ The room is encrypted.
 ⚠️ @without:x · no identity set up · 0 confirmed, 1 not
 ⚠️ @unknown:x · not known yet · 0 confirmed, 0 not (may be out of date)
 ℹ️ @messy:x · not verified in person · 1 confirmed, 2 not
-ℹ️ @plain:x · not verified in person · 1 confirmed, 0 not
+ℹ️ @another:x · not verified in person · 1 confirmed, 0 not
 ✅ @verified:x · verified · 1 confirmed, 0 not
 ℹ️ @bot:example.org · me, this bot · 1 confirmed, 0 not
 

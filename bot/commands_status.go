@@ -57,7 +57,9 @@ func (s speech) status(self selfReport) words {
 		points{items: []string{
 			s.phrase("status.master_key", vars{"Key": showKey(self.masterKey)}),
 			s.phrase("status.device", vars{"Device": showName(self.deviceID.String()), "Fingerprint": showKey(self.signingKey)}),
-			s.phrase("status.own_"+string(self.published.State), vars{"Key": showKey(self.published.PublishedMasterKey), "Time": moment(self.published.CheckedAt)}),
+			s.phrase("status.own_"+string(self.published.State), vars{
+				"Key": showKey(self.published.PublishedMasterKey), "Time": moment(self.published.CheckedAt),
+			}),
 		}},
 		points{above: s.phrase("status.work", nil), items: []string{
 			s.phrase("status.since", vars{"Time": moment(self.startedAt), "For": s.lasting(self.runningFor)}),

@@ -219,7 +219,9 @@ func (s speech) deviceList(report *cryptohook.UserReport, most int) []string {
 		if device.Name != "" {
 			name = " " + quoted(device.Name)
 		}
-		items = append(items, s.phrase("user."+state, vars{"Device": showName(device.DeviceID.String()), "Called": name, "Fingerprint": showKey(device.SigningKey)}))
+		items = append(items, s.phrase("user."+state, vars{
+			"Device": showName(device.DeviceID.String()), "Called": name, "Fingerprint": showKey(device.SigningKey),
+		}))
 	}
 	if left := len(report.Devices) - len(shown); left > 0 {
 		items = append(items, s.counted("user.more_devices", left, nil))

@@ -418,10 +418,11 @@ func TestTamperedProofIsRefusedWithTheFieldNamed(t *testing.T) {
 			f.sign()
 		}, "earlier_identity.master_key"},
 		// Strict JSON.
-		"an unknown field":        {func(f *tampering) { f.tree["more"] = "x" }, "more"},
-		"an unknown field within": {func(f *tampering) { f.at("event")["type"] = "x" }, "event.type"},
-		"a name in other letters": {func(f *tampering) { f.tree["Format"] = f.tree["format"] }, "Format"},
-		"a key with padding":      {func(f *tampering) { f.set("session.sender_key", alice.senderKey().String()+"=") }, "session.sender_key"},
+		"an unknown field":                        {func(f *tampering) { f.tree["more"] = "x" }, "more"},
+		"an unknown field within":                 {func(f *tampering) { f.at("event")["type"] = "x" }, "event.type"},
+		"an unknown field without anything in it": {func(f *tampering) { f.tree["more"] = map[string]any{}; f.sign() }, "more"},
+		"a name in other letters":                 {func(f *tampering) { f.tree["Format"] = f.tree["format"] }, "Format"},
+		"a key with padding":                      {func(f *tampering) { f.set("session.sender_key", alice.senderKey().String()+"=") }, "session.sender_key"},
 		"a master key with padding": {func(f *tampering) {
 			f.set("identity.master_key.keys", map[string]any{"ed25519:" + aliceMSK + "=": aliceMSK + "="})
 		}, "identity.master_key.keys"},
