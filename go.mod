@@ -11,7 +11,6 @@ require (
 	github.com/nicksnyder/go-i18n/v2 v2.6.0
 	github.com/prometheus/client_golang v1.22.0
 	github.com/rs/zerolog v1.35.1
-	github.com/skip2/go-qrcode v0.0.0-20200617195104-da1b6568686e
 	github.com/tidwall/gjson v1.19.0
 	go.mau.fi/util v0.10.1
 	go.mau.fi/zeroconfig v0.2.0

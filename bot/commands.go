@@ -146,7 +146,7 @@ func (o *order) withVerdict(b *Bot, w words) words {
 		return w
 	}
 	own := o.speech.explain(o.verdict, o.evt.Sender)
-	return passages{w, remark(o.speech.phrase("command.your_message", vars{"Headline": own.sign + " " + own.headline}))}
+	return page{w, remark(o.speech.phrase("command.your_message", vars{"Headline": own.sign + " " + own.headline}))}
 }
 
 // attach sends a picture or a file, encrypted if the room is. What the homeserver does not take is left: the words have been said.
@@ -161,26 +161,6 @@ func (b *Bot) attach(ctx context.Context, o *order, a attachmentFile, number int
 	}
 	b.send(ctx, o.evt.RoomID, &event.Content{Parsed: content}, hashOf("attachment", o.evt.ID, number))
 }
-
-// passages are words one after the other, in paragraphs.
-type passages []words
-
-func (p passages) plain() string { return p.join("\n\n", words.plain) }
-func (p passages) html() string  { return p.join("<br/><br/>", words.html) }
-
-func (p passages) join(between string, say func(words) string) string {
-	said := make([]string, len(p))
-	for i, w := range p {
-		said[i] = say(w)
-	}
-	return strings.Join(said, between)
-}
-
-// remark is a sentence of its own.
-type remark string
-
-func (r remark) plain() string { return string(r) }
-func (r remark) html() string  { return escapeHTML(string(r)) }
 
 // target gives the message that a command is about: the one that it replies to, or, if that is an answer of the bot's, the one that this
 // is about.

@@ -258,7 +258,7 @@ func (b *Bot) whoVerifiedInChat(ctx context.Context, s speech, report *cryptohoo
 // getVerificationsQuery gives the commands by which somebody was verified, the newest first.
 const getVerificationsQuery = `
 	SELECT event_id, at_ms, room_id, sender, device_id, master_key, code, command, arguments, outcome, detail
-	FROM bot_audit WHERE outcome='done' AND at_ms>0 AND command='verify' ORDER BY at_ms DESC
+	FROM bot_audit WHERE outcome='done' AND at_ms>0 AND command IN ('verify', 'confirm') ORDER BY at_ms DESC
 `
 
 // lastVerification gives the operator's command by which that key of a user was verified last; nil: there is none in the audit table.
@@ -280,9 +280,14 @@ func (s *records) lastVerification(ctx context.Context, userID id.UserID, master
 	return nil, rows.Err()
 }
 
-// verified says that a line is of a command by which that key of a user was verified.
+// verified says that a line is of a command by which that key of a user was verified: it is in what the operator wrote, or, where emojis were
+// compared, in what came of it.
 func (line *auditLine) verified(userID id.UserID, masterKey id.Ed25519) bool {
 	arguments := strings.Fields(line.arguments)
+	if line.command == "confirm" {
+		outcome := strings.Fields(line.detail)
+		arguments = outcome[max(0, len(outcome)-2):]
+	}
 	if len(arguments) < 2 || mention(arguments[0]) != userID {
 		return false
 	}

@@ -1,15 +1,10 @@
 package bot
 
 import (
-	"bytes"
 	"context"
-	"fmt"
-	"image/png"
 	"strings"
 	"time"
 
-	"github.com/skip2/go-qrcode"
-	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 
 	"sendertrust/cryptohook"
@@ -115,19 +110,7 @@ func (s speech) lasting(span time.Duration) string {
 //	device: ABCDEFGHIJ
 //	device key: abcd efgh …
 func identityCard(self selfReport) (picture attachmentFile, err error) {
-	code, err := qrcode.New(identityLines(self), qrcode.Medium)
-	if err != nil {
-		return picture, fmt.Errorf("failed to make the QR code: %w", err)
-	}
-	const dotSize = 6 // pixels: on a phone's screen the code is as wide as a thumb is long
-	data, err := code.PNG(-dotSize)
-	if err != nil {
-		return picture, fmt.Errorf("failed to paint the QR code: %w", err)
-	}
-	shape, err := png.DecodeConfig(bytes.NewReader(data))
-	return attachmentFile{
-		msgType: event.MsgImage, name: "sendertrust-identity.png", mimeType: "image/png", data: data, width: shape.Width, height: shape.Height,
-	}, err
+	return paintCode("sendertrust-identity.png", []byte(identityLines(self)))
 }
 
 func identityLines(self selfReport) string {

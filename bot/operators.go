@@ -235,11 +235,16 @@ func (b *Bot) orderAudit(ctx context.Context, o *order) response {
 	if len(lines) == 0 {
 		return say(o.speech.text(signPlain, "audit.none", nil))
 	}
-	said := listing{headline: text{sign: signPlain, headline: o.speech.phrase("audit.headline", vars{"Count": len(lines)})}}
+	return response{words: atMost(len(lines), func(shown int) words { return o.speech.auditLines(lines[:shown]) })}
+}
+
+// auditLines words the newest lines of the audit table.
+func (s speech) auditLines(lines []auditLine) words {
+	said := points{above: signPlain + " " + s.phrase("audit.headline", vars{"Count": len(lines)})}
 	for _, line := range lines {
-		said.items = append(said.items, o.speech.auditLine(line))
+		said.items = append(said.items, s.auditLine(line))
 	}
-	return response{words: said}
+	return said
 }
 
 // auditLine words a line of the audit table.

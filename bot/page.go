@@ -17,7 +17,13 @@ import (
 // page is words below each other.
 type page []words
 
-func (p page) plain() string { return passages(p).plain() }
+func (p page) plain() string {
+	said := make([]string, len(p))
+	for i, w := range p {
+		said[i] = w.plain()
+	}
+	return strings.Join(said, "\n\n")
+}
 
 func (p page) html() string {
 	var written strings.Builder
@@ -36,6 +42,12 @@ type blockWords interface {
 	words
 	block()
 }
+
+// remark is a sentence of its own.
+type remark string
+
+func (r remark) plain() string { return string(r) }
+func (r remark) html() string  { return escapeHTML(string(r)) }
 
 // advice is what to do, at the end of an answer.
 type advice string

@@ -21,7 +21,7 @@ var everyQuery = map[string]string{
 	"setRedactedQuery": setRedactedQuery, "clearRecordQuery": clearRecordQuery,
 	"getModesQuery": getModesQuery, "putModeQuery": putModeQuery, "deleteModeQuery": deleteModeQuery,
 	"insertAuditQuery": insertAuditQuery, "getAuditQuery": getAuditQuery, "pruneAuditQuery": pruneAuditQuery,
-	"getVerificationsQuery": getVerificationsQuery,
+	"getVerificationsQuery":   getVerificationsQuery,
 	"insertVerificationQuery": insertVerificationQuery, "endVerificationQuery": endVerificationQuery,
 	"openVerificationsQuery": openVerificationsQuery, "hadVerificationQuery": hadVerificationQuery,
 	"forgetVerificationsQuery": forgetVerificationsQuery,

@@ -12,27 +12,6 @@ import (
 	"maunium.net/go/mautrix/id"
 )
 
-// listing is a text with a list below it.
-type listing struct {
-	headline text
-	items    []string
-}
-
-func (l listing) plain() string {
-	return l.headline.plain() + "\n" + strings.Join(bulleted(l.items), "\n")
-}
-
-func (l listing) html() string {
-	var written strings.Builder
-	written.WriteString(l.headline.html())
-	written.WriteString("<ul>")
-	for _, item := range l.items {
-		written.WriteString("<li>" + escapeHTML(item) + "</li>")
-	}
-	written.WriteString("</ul>")
-	return written.String()
-}
-
 func bulleted(items []string) []string {
 	lines := make([]string, len(items))
 	for i, item := range items {

@@ -29,23 +29,41 @@ type verifications struct {
 	log   zerolog.Logger
 	clock func() time.Time
 	bot   *Bot
+	// trust is what the hook knows of people.
+	trust trust
 	// helper speaks the protocol, of the transactions in store. It hears of events by router alone.
-	helper *verificationhelper.VerificationHelper
+	helper protocol
 	store  *verificationhelper.InMemoryVerificationStore
 	router *mautrix.DefaultSyncer
 	// arrived are events between devices that are still to be looked at.
 	arrived chan *event.Event
-	wake    chan struct{}
 
 	// mu guards all of it: one thing happens after the other, the helper's work included.
 	mu   sync.Mutex
 	open map[id.VerificationTransactionID]*dialogue
 	// requests are when each person's last requests came.
 	requests map[id.UserID][]time.Time
+	// cached gives the master key that mautrix holds for somebody: the one that the helper would sign.
+	cached func(ctx context.Context, userID id.UserID) (id.Ed25519, error)
 	// handed is the type of the event that the helper is at.
 	handed string
 	// reply is where an operator is about to be answered: that room is not told the same twice.
 	reply *pendingReply
+}
+
+// trust is what the hook knows of people, and what verifies them. [cryptohook.Hook] has it.
+type trust interface {
+	User(ctx context.Context, userID id.UserID) (*cryptohook.UserReport, error)
+	Recheck(ctx context.Context, users []id.UserID) error
+	Verify(ctx context.Context, userID id.UserID, masterKey id.Ed25519) error
+}
+
+// protocol is what [verificationhelper.VerificationHelper] does when it is told to.
+type protocol interface {
+	AcceptVerification(ctx context.Context, txnID id.VerificationTransactionID) error
+	StartSAS(ctx context.Context, txnID id.VerificationTransactionID) error
+	ConfirmSAS(ctx context.Context, txnID id.VerificationTransactionID) error
+	ConfirmQRCodeScanned(ctx context.Context, txnID id.VerificationTransactionID) error
 }
 
 const (
@@ -68,19 +86,25 @@ const (
 	limitVerifications = "verifications"
 )
 
+// newVerifications gives those of a bot, without a helper.
+func (b *Bot) newVerifications(hook trust) *verifications {
+	return &verifications{
+		log: b.log.With().Str("component", "verification").Logger(), clock: b.clock, bot: b, trust: hook,
+		store: verificationhelper.NewInMemoryVerificationStore(), router: mautrix.NewDefaultSyncer(),
+		arrived: make(chan *event.Event, arrivedAtMost),
+		open:    make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time),
+	}
+}
+
 // startVerifications has the bot take part in verifications. It is called once a session, before the sync begins.
 func (b *Bot) startVerifications(ctx context.Context) error {
-	v := &verifications{
-		log: b.log.With().Str("component", "verification").Logger(), clock: b.clock, bot: b,
-		store:   verificationhelper.NewInMemoryVerificationStore(),
-		router:  mautrix.NewDefaultSyncer(),
-		arrived: make(chan *event.Event, arrivedAtMost), wake: make(chan struct{}, 1),
-		open: make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time),
-	}
-	v.helper = verificationhelper.NewVerificationHelper(v.protocolClient(), b.hook.Machine(), v.store, callbacks{v}, true, false, true)
-	if err := v.helper.Init(ctx); err != nil {
+	v := b.newVerifications(b.hook)
+	v.cached = v.keyOfMautrix
+	helper := verificationhelper.NewVerificationHelper(v.protocolClient(), b.hook.Machine(), v.store, callbacks{v}, true, false, true)
+	if err := helper.Init(ctx); err != nil {
 		return fmt.Errorf("failed to prepare for verifications: %w", err)
 	}
+	v.helper = helper
 	b.verifications = v
 	handlers := b.client.Syncer.(mautrix.ExtensibleSyncer)
 	handlers.OnEventType(event.EventMessage, v.onMessage)
@@ -118,7 +142,6 @@ func (v *verifications) run(ctx context.Context) {
 			return
 		case evt := <-v.arrived:
 			v.takeToDevice(ctx, evt)
-		case <-v.wake:
 		case <-rounds.C:
 		}
 		v.expire(ctx)
@@ -173,12 +196,20 @@ func (v *verifications) guarded(ctx context.Context, d *dialogue, work func() er
 
 // person is what is known of a user whom somebody wants to verify.
 func (v *verifications) person(ctx context.Context, userID id.UserID) (*cryptohook.UserReport, error) {
-	report, err := v.bot.hook.User(ctx, userID)
+	report, err := v.trust.User(ctx, userID)
 	if err != nil || report != nil && !report.Outdated {
 		return report, err
 	}
-	if err = v.bot.hook.Recheck(ctx, []id.UserID{userID}); err != nil {
+	if err = v.trust.Recheck(ctx, []id.UserID{userID}); err != nil {
 		return nil, err
 	}
-	return v.bot.hook.User(ctx, userID)
+	return v.trust.User(ctx, userID)
+}
+
+func (v *verifications) keyOfMautrix(ctx context.Context, userID id.UserID) (id.Ed25519, error) {
+	keys, err := v.bot.hook.Machine().GetCrossSigningPublicKeys(ctx, userID)
+	if err != nil || keys == nil {
+		return "", err
+	}
+	return keys.MasterKey, nil
 }

@@ -105,7 +105,7 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 		return v.replied(o, outcomeRefused, why)
 	}
 	scanned := d.stage == stageScanned
-	d.stage, d.confirmedBy = stageConfirmed, o.evt.Sender
+	d.stage, d.confirmedBy, d.confirmedIn = stageConfirmed, o.evt.Sender, o.evt.RoomID
 	v.guarded(ctx, d, func() error {
 		if scanned {
 			return v.helper.ConfirmQRCodeScanned(ctx, d.txnID)
@@ -117,9 +117,12 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 		v.hand(ctx, d, mac)
 	}
 	if v.isOpen(d) {
-		return say(o.speech.text(signPlain, "verification.decide.thanks", put))
+		return response{words: o.speech.text(signPlain, "verification.decide.thanks", put), detail: "waits for " + d.userID.String() + " " + d.masterKey.String()}
 	}
-	return v.replied(o, outcomeDone, "")
+	if !d.verified {
+		return v.replied(o, outcomeFailed, "not verified: "+d.userID.String())
+	}
+	return v.replied(o, outcomeDone, "verified "+d.userID.String()+" "+d.masterKey.String())
 }
 
 // deny ends a verification.
@@ -144,7 +147,7 @@ func (v *verifications) replied(o *order, outcome outcome, detail string) respon
 // complete verifies the person, after both sides have confirmed and the helper has checked what the person's app vouches for. The hook is
 // told with the key that was verified: it lifts a withdrawal, and judges what the person has sent before anew.
 func (v *verifications) complete(ctx context.Context, d *dialogue) {
-	err := v.bot.hook.Verify(ctx, d.userID, d.masterKey)
+	err := v.trust.Verify(ctx, d.userID, d.masterKey)
 	switch {
 	case errors.Is(err, cryptohook.ErrPinned) && v.bot.config.Trust.VerifiedUsers[d.userID] == d.masterKey:
 		// The pin says the same.
@@ -156,6 +159,7 @@ func (v *verifications) complete(ctx context.Context, d *dialogue) {
 		v.end(ctx, d, ending{key: "not_noted"})
 		return
 	}
+	d.verified = true
 	v.close(ctx, d)
 	v.log.Info().Stringer("user_id", d.userID).Stringer("master_key", d.masterKey).Stringer("confirmed_by", d.confirmedBy).
 		Msg("A person was verified")

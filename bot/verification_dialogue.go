@@ -44,8 +44,11 @@ type dialogue struct {
 	// mac is what the person's app vouches for, once the person has confirmed. The helper gets it after an operator has: in mautrix 0.31 it
 	// compares the person's master key with the bot's if it has theirs before it sends its own.
 	mac *event.Event
-	// confirmedBy is the operator who has confirmed.
+	// confirmedBy is the operator who has confirmed, and confirmedIn the room where they did.
 	confirmedBy id.UserID
+	confirmedIn id.RoomID
+	// verified says that it has ended well.
+	verified bool
 
 	// What the helper has told, and nobody has acted upon.
 	news      news

@@ -3,6 +3,7 @@ package bot
 import (
 	"bytes"
 	"context"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -108,7 +109,7 @@ func (v *verifications) showEmojis(ctx context.Context, d *dialogue, sas *shortS
 		shown := s.text(signCaution, "verification.emojis", put)
 		advice := shown.advice
 		shown.advice = ""
-		return passages{shown, remark(s.describeEmojis(sas)), remark(advice), remark(s.phrase("verification.emojis.person", put))}
+		return page{shown, remark(s.describeEmojis(sas)), remark(advice), remark(s.phrase("verification.emojis.person", put))}
 	})
 }
 
@@ -180,8 +181,9 @@ func (v *verifications) sayOnce(ctx context.Context, d *dialogue, key string, pu
 // sayIn says something in the person's room, and in the operators' if that is another one. A room with an operator who is about to be
 // answered is told by the answer.
 func (v *verifications) sayIn(ctx context.Context, d *dialogue, key string, word func(s speech) words) {
-	for _, roomID := range []id.RoomID{d.roomID, d.operatorRoom} {
-		if roomID == "" {
+	rooms := []id.RoomID{d.roomID, d.operatorRoom, d.confirmedIn}
+	for i, roomID := range rooms {
+		if roomID == "" || slices.Contains(rooms[:i], roomID) {
 			continue
 		}
 		said := word(v.bot.speech(roomID))

@@ -70,7 +70,7 @@ func (v *verifications) onProtocol(ctx context.Context, evt *event.Event, verdic
 	if err != nil {
 		return
 	}
-	if code, why := v.vet(ctx, d, txn, evt); why != "" {
+	if code, why := v.vet(ctx, d, txn, evt, verdict); why != "" {
 		v.cancel(ctx, d, code, ending{key: why})
 		return
 	}
@@ -128,10 +128,12 @@ func (v *verifications) meddler(d *dialogue, evt *event.Event, verdict *cryptoho
 }
 
 // vet says why an event ends its verification; an empty key: it does not, and the helper may have it.
-func (v *verifications) vet(ctx context.Context, d *dialogue, txn verificationhelper.VerificationTransaction, evt *event.Event) (event.VerificationCancelCode, string) {
+func (v *verifications) vet(
+	ctx context.Context, d *dialogue, txn verificationhelper.VerificationTransaction, evt *event.Event, verdict *cryptohook.Verdict,
+) (event.VerificationCancelCode, string) {
 	switch content := evt.Content.Parsed.(type) {
 	case *event.VerificationReadyEventContent:
-		return v.vetReady(ctx, d, txn, evt, content)
+		return v.vetReady(ctx, d, txn, content, verdict)
 	case *event.VerificationStartEventContent:
 		return vetStart(d, txn, content)
 	case *event.VerificationAcceptEventContent:
@@ -177,13 +179,12 @@ func agreesWith(txn verificationhelper.VerificationTransaction, key []byte) bool
 
 // vetReady looks at who accepts the bot's request: a device that the person's identity has signed.
 func (v *verifications) vetReady(
-	ctx context.Context, d *dialogue, txn verificationhelper.VerificationTransaction, evt *event.Event, content *event.VerificationReadyEventContent,
+	ctx context.Context, d *dialogue, txn verificationhelper.VerificationTransaction, content *event.VerificationReadyEventContent, verdict *cryptohook.Verdict,
 ) (event.VerificationCancelCode, string) {
-	if d.stage != stageAsked {
+	if d.stage != stageAsked || verdict == nil {
 		return event.VerificationCancelCodeUnexpectedMessage, "out_of_turn"
 	}
-	verdict, _ := cryptohook.VerdictOf(evt)
-	answer := request{txnID: d.txnID, userID: d.userID, deviceID: content.FromDevice, methods: content.Methods, roomID: d.roomID, verdict: verdict}
+	answer := request{txnID: d.txnID, deviceID: content.FromDevice, methods: content.Methods}
 	switch {
 	case answer.isOdd(), verdict.Code != cryptohook.CodeSentInClear && answer.deviceID != verdict.DeviceID:
 		return event.VerificationCancelCodeInvalidMessage, "odd_event"
@@ -268,8 +269,7 @@ func (v *verifications) bound(ctx context.Context, d *dialogue, deviceID id.Devi
 	if !deviceIn(report, deviceID) {
 		return "device_gone"
 	}
-	cached, err := v.bot.hook.Machine().GetCrossSigningPublicKeys(ctx, d.userID)
-	if err != nil || cached == nil || cached.MasterKey != d.masterKey {
+	if cached, err := v.cached(ctx, d.userID); err != nil || cached != d.masterKey {
 		v.log.Warn().Err(err).Stringer("user_id", d.userID).Msg("mautrix holds another master key of a person than the hook")
 		return "identity_changed"
 	}
