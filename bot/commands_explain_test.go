@@ -351,6 +351,19 @@ func TestExplainNamesTheOperatorWhoVerified(t *testing.T) {
 	if want := "@olga:example.com, an operator of this bot, has verified @bob:example.com in a chat with me on 2026-02-02 00:00 UTC (from the device OLGADEV)."; !strings.Contains(said, want) {
 		t.Error(said)
 	}
+	for detail, counts := range map[string]bool{
+		"verified @bob:example.com " + masterKeyA.String():   true,
+		"waits for @bob:example.com " + masterKeyA.String():  true,
+		"verified @bob:example.com " + masterKeyB.String():   false,
+		"verified @carol:example.com " + masterKeyA.String(): false,
+		"denied": false,
+		"":       false,
+	} {
+		line := auditLine{command: "confirm", arguments: bobs, outcome: auditDone, detail: detail}
+		if got := line.verified("@bob:example.com", masterKeyA); got != counts {
+			t.Errorf("%q: somebody was verified by it: %v", detail, got)
+		}
+	}
 }
 
 func TestExplainAsksTheBackupForAKeyThatIsMissing(t *testing.T) {
