@@ -512,7 +512,11 @@ func TestSignatureIsWrittenInOneWay(t *testing.T) {
 func TestEveryByteOfAProofCounts(t *testing.T) {
 	w, _, good := aliceProof(t)
 	want := canonicalOf(good)
-	for i := range good {
+	step := 1
+	if underRace { // it has nothing to find here
+		step = 8
+	}
+	for i := 0; i < len(good); i += step {
 		flipped := slices.Clone(good)
 		flipped[i] ^= 1 << (i % 8)
 		checkFlipped(t, w.bot.masterKey(), want, flipped)

@@ -106,7 +106,7 @@ func (w *stallWatch) stalls() (told []string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	for name, s := range w.longest {
-		if s.own() > longestStall {
+		if s.own() > longestStall() {
 			told = append(told, fmt.Sprintf("%s took %v, of which the process was not running for %v", name, s.took, s.lost))
 		}
 	}
