@@ -26,10 +26,16 @@ pictures: ## take the pictures in docs/pictures again: the bot in a desktop clie
 test: ## all tests: units with the race detector, again on PostgreSQL, then Synapse, the bot as a process, and Element's crypto
 	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
-	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
-	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./bot ./cryptohook
-	$(GO) test -tags $(TAGS) -v -run HistoryIsJudged -timeout 10m ./cryptohook $(HISTORIES) -rapid.seed=2026
+	@$(MAKE) --no-print-directory -j2 -Otarget test-races test-postgres
 	$(GO) test -tags $(TAGS) -count 1 -p 1 -v -timeout 12m ./e2e/...
+
+# Each of these two keeps one processor busy.
+.PHONY: test-races test-postgres
+test-races:
+	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
+test-postgres:
+	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 8m ./bot ./cryptohook
+	$(GO) test -tags $(TAGS) -v -run HistoryIsJudged -timeout 10m ./cryptohook $(HISTORIES) -rapid.seed=2026
 
 # 100,000 steps. make test takes the same ones each time, so that it fails for what has changed and for nothing else.
 HISTORIES := -rapid.nofailfile -rapid.checks=1040 -rapid.steps=100
@@ -41,8 +47,7 @@ histories: ## 100,000 steps of random histories, other ones each time
 .PHONY: test-unit
 test-unit: ## the tests that need no homeserver
 	@./e2e/setup.sh go postgres >/dev/null
-	$(GO) test -tags $(TAGS) -race -timeout 10m . ./bot/... ./cryptohook/...
-	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 5m ./bot ./cryptohook
+	@$(MAKE) --no-print-directory -j2 -Otarget test-races test-postgres
 
 # What the tests of trust are worth: the code is broken in every small way, one at a time, and they have to notice.
 MUTATED  := steps.go,senderdata.go,identity.go,verification.go,verdict.go
