@@ -37,8 +37,9 @@ func (v *verifications) decide(ctx context.Context, o *order, what func(context.
 }
 
 // meant is the verification that an operator means: that of the person who is named, that of the notice that is replied to, or the only one.
+// A relation alone chooses none to be confirmed: a server could have somebody else verified by it.
 func (v *verifications) meant(o *order) (*dialogue, *response) {
-	if len(o.args) > 0 {
+	if len(o.args) > 0 && (!o.related || v.mayBeChosen(o)) {
 		userID, bad := o.person()
 		if bad != nil {
 			return nil, bad
@@ -48,7 +49,7 @@ func (v *verifications) meant(o *order) (*dialogue, *response) {
 		}
 		return nil, o.refusal("not_open", vars{"Name": showUser(userID)})
 	}
-	if repliedTo := o.evt.Content.AsMessage().RelatesTo.GetNonFallbackReplyTo(); repliedTo != "" {
+	if repliedTo := o.evt.Content.AsMessage().RelatesTo.GetNonFallbackReplyTo(); repliedTo != "" && v.mayBeChosen(o) {
 		if d := v.noticed(repliedTo); d != nil {
 			return d, nil
 		}
@@ -68,6 +69,9 @@ func (v *verifications) meant(o *order) (*dialogue, *response) {
 	slices.Sort(names)
 	return nil, o.refusal("which", vars{"Names": strings.Join(names, ", ")})
 }
+
+// mayBeChosen says that a relation may say which verification an order is about.
+func (v *verifications) mayBeChosen(o *order) bool { return o.name != "confirm" || len(v.open) == 1 }
 
 // noticed is the verification that a message of the bot's is about, or nil.
 func (v *verifications) noticed(eventID id.EventID) *dialogue {

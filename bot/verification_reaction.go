@@ -37,7 +37,7 @@ func (v *verifications) onReaction(ctx context.Context, evt *event.Event) {
 	if verdict, judged = v.bot.whileTrusted(ctx, verdict, evt.Sender); !judged || !v.bot.mayAnswer(ctx, evt, verdict) {
 		return
 	}
-	o := &order{evt: evt, verdict: verdict, speech: v.bot.speech(evt.RoomID), name: name, args: []string{d.userID.String()}}
+	o := &order{evt: evt, verdict: verdict, speech: v.bot.speech(evt.RoomID), name: name, args: []string{d.userID.String()}, related: true}
 	v.bot.answerReaction(ctx, o, content.RelatesTo.EventID)
 }
 

@@ -420,6 +420,13 @@ func TestOperatorsWhoDecide(t *testing.T) {
 		ok(t, verification.Reach(ctx))
 		notice = r.notice(t, "Does the app of "+person.UserID.String())
 	}
+	// A server can change what a message replies to.
+	unnamed := must(r.olga.SendReply(ctx, r.room, notice.EventID, "!trust confirm"))(t)
+	if answer := *must(r.olga.WaitForAnswer(ctx, unnamed))(t); !contains(answer.Body, alice.UserID.String(), bella.UserID.String()) {
+		t.Errorf("a reply that does not say whom it confirms was answered: %s", answer.Body)
+	}
+	must(r.olga.SendEncryptedReaction(ctx, r.room, notice.EventID, "✅"))(t)
+	r.notice(t, "Which", alice.UserID.String(), bella.UserID.String())
 	reply := must(r.olga.SendReply(ctx, r.room, notice.EventID, "!trust deny"))(t)
 	if answer := *must(r.olga.WaitForAnswer(ctx, reply))(t); !contains(answer.Body, "has failed", bella.UserID.String()) {
 		t.Errorf("a reply to the notice about bella was answered: %s", answer.Body)

@@ -8,7 +8,7 @@ umask 077
 }
 # Nothing here has to outlive a power failure.
 start() {
-	"$programs/postgres" -D "$dir/data" -k "$dir" -c listen_addresses= -c fsync=off -c full_page_writes=off -c synchronous_commit=off \
+	"$programs/postgres" -D "$dir/data" -k "$dir" -c listen_addresses= -c fsync=off -c full_page_writes=off -c synchronous_commit=off -c autovacuum=off \
 		-c max_connections=200 -c shared_buffers=64MB -c timezone=America/Caracas </dev/null &
 	server=$!
 }
