@@ -2,6 +2,8 @@ package bot
 
 import (
 	"context"
+	"database/sql"
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -46,11 +48,13 @@ const (
 	insertAuditQuery = `
 		INSERT INTO bot_audit (event_id, at_ms, room_id, sender, device_id, master_key, code, command, arguments, outcome, detail)
 		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT (event_id) DO UPDATE SET outcome=excluded.outcome, detail=excluded.detail
+			WHERE bot_audit.outcome=''
 	`
-	getAuditQuery = `
-		SELECT event_id, at_ms, room_id, sender, device_id, master_key, code, command, arguments, outcome, detail
-		FROM bot_audit WHERE at_ms>0 ORDER BY at_ms DESC LIMIT $1
+	selectAudit = `
+		SELECT event_id, at_ms, room_id, sender, device_id, master_key, code, command, arguments, outcome, detail FROM bot_audit
 	`
+	getAuditQuery   = selectAudit + `WHERE at_ms>0 ORDER BY at_ms DESC LIMIT $1`
+	getAuditOfQuery = selectAudit + `WHERE event_id=$1`
 	// Whatever anybody may write as often as they like is not kept for ever.
 	pruneAuditQuery = `
 		DELETE FROM bot_audit WHERE outcome='refused' AND
@@ -75,10 +79,21 @@ func scanAuditLine(row dbutil.Scannable) (line auditLine, err error) {
 	return line, err
 }
 
-// putAudit notes a line; one of the same event gets its outcome.
+// putAudit notes a line; one of the same event gets its outcome, if it has none yet.
 func (s *records) putAudit(ctx context.Context, line *auditLine) error {
 	return s.exec(ctx, insertAuditQuery, line.eventID, line.at.UnixMilli(), line.roomID, line.sender, line.deviceID, line.masterKey, line.code,
 		line.command, line.arguments, line.outcome, line.detail)
+}
+
+// auditOf gives the line of an event, or nil.
+func (s *records) auditOf(ctx context.Context, eventID id.EventID) (*auditLine, error) {
+	line, err := scanAuditLine(s.QueryRow(ctx, getAuditOfQuery, eventID))
+	if errors.Is(err, sql.ErrNoRows) {
+		return nil, nil
+	} else if err != nil {
+		return nil, fmt.Errorf("failed to read the audit table: %w", err)
+	}
+	return &line, nil
 }
 
 // lastAudits gives the newest lines, the newest first.

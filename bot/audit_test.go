@@ -32,7 +32,8 @@ func TestAuditLineThatWasBegunGetsItsOutcome(t *testing.T) {
 	table := auditTable(t)
 	begun, again := lineAt(1, auditBegun), lineAt(1, auditDone)
 	again.at, again.detail = time.UnixMilli(99), "detail"
-	for _, line := range []*auditLine{begun, again, lineAt(2, string(outcomeRefused))} {
+	late := lineAt(1, string(outcomeRefused)) // after a crash
+	for _, line := range []*auditLine{begun, again, late, lineAt(2, string(outcomeRefused))} {
 		if err := table.putAudit(t.Context(), line); err != nil {
 			t.Fatal(err)
 		}
@@ -45,6 +46,12 @@ func TestAuditLineThatWasBegunGetsItsOutcome(t *testing.T) {
 	want.detail = "detail"
 	if len(lines) != 2 || lines[0] != *lineAt(2, string(outcomeRefused)) || lines[1] != want {
 		t.Errorf("got %+v", lines)
+	}
+	if of, err := table.auditOf(t.Context(), "$1"); err != nil || of == nil || *of != want {
+		t.Errorf("the line of $1 is %+v, %v", of, err)
+	}
+	if of, err := table.auditOf(t.Context(), "$3"); err != nil || of != nil {
+		t.Errorf("the line of nothing is %+v, %v", of, err)
 	}
 	if newest, err := table.lastAudits(t.Context(), 1); err != nil || len(newest) != 1 || newest[0].eventID != "$2" {
 		t.Errorf("the newest is %+v, %v", newest, err)

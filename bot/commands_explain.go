@@ -285,8 +285,8 @@ func (s *records) lastVerification(ctx context.Context, userID id.UserID, master
 func (line *auditLine) verified(userID id.UserID, masterKey id.Ed25519) bool {
 	arguments := strings.Fields(line.arguments)
 	if line.command == "confirm" {
-		outcome := strings.Fields(line.detail)
-		arguments = outcome[max(0, len(outcome)-2):]
+		verified, _ := strings.CutPrefix(line.detail, verifiedDetail)
+		arguments = strings.Fields(verified)
 	}
 	if len(arguments) < 2 || mention(arguments[0]) != userID {
 		return false

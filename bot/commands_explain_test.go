@@ -353,7 +353,7 @@ func TestExplainNamesTheOperatorWhoVerified(t *testing.T) {
 	}
 	for detail, counts := range map[string]bool{
 		"verified @bob:example.com " + masterKeyA.String():   true,
-		"waits for @bob:example.com " + masterKeyA.String():  true,
+		"waits for @bob:example.com " + masterKeyA.String():  false,
 		"verified @bob:example.com " + masterKeyB.String():   false,
 		"verified @carol:example.com " + masterKeyA.String(): false,
 		"denied": false,

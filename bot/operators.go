@@ -20,6 +20,12 @@ import (
 
 // carryOutForOperators does what an operator says. Whatever comes of it is in the audit table before anybody is told.
 func (b *Bot) carryOutForOperators(ctx context.Context, c command, o *order) response {
+	// After a crash it comes again. What was commanded since is not to be undone by it.
+	if before, err := b.reviser.records.auditOf(ctx, o.evt.ID); err != nil {
+		return o.failed(ctx, err)
+	} else if before != nil && before.outcome != auditBegun {
+		return say(o.speech.text(signPlain, "command.again", vars{"Outcome": o.speech.phrase("audit.outcome_"+before.outcome, nil)}))
+	}
 	if why := b.withoutAuthority(ctx, o); why != "" {
 		r := refuse(b.refusal(o, why), why)
 		b.note(ctx, o, r)
@@ -44,6 +50,7 @@ const (
 	whyLate        = "late"
 	whyNotSure     = "not_sure"
 	whyNotMember   = "not_member"
+	whyDeviceGone  = "device_gone"
 )
 
 // withoutAuthority says why an order is not an operator's; empty: it is. The verdict that counts is today's: between the message and now
@@ -73,6 +80,29 @@ func (b *Bot) withoutAuthority(ctx context.Context, o *order) string {
 		return whyNotSure
 	case !b.isMember(ctx, o.evt.RoomID, o.evt.Sender):
 		return whyNotMember
+	}
+	return b.withoutDevice(ctx, o.evt.Sender, now.DeviceID)
+}
+
+// withoutDevice says why an operator's device does not count: messages of one that was logged out stay verified, but whoever has it now is
+// not to be obeyed.
+func (b *Bot) withoutDevice(ctx context.Context, userID id.UserID, deviceID id.DeviceID) string {
+	report, err := b.hook.User(ctx, userID)
+	if err == nil && report != nil && report.Outdated {
+		asking, cancel := context.WithTimeout(ctx, recheckPatience)
+		defer cancel()
+		if err = b.hook.Recheck(asking, []id.UserID{userID}); err == nil {
+			report, err = b.hook.User(ctx, userID)
+		}
+	}
+	switch {
+	case err != nil:
+		zerolog.Ctx(ctx).Err(err).Msg("Failed to look up which devices an operator has")
+		return whyNotSure
+	case report == nil || report.Outdated:
+		return whyNotSure
+	case !deviceIn(report, deviceID):
+		return whyDeviceGone
 	}
 	return ""
 }

@@ -63,7 +63,6 @@ type protocol interface {
 	AcceptVerification(ctx context.Context, txnID id.VerificationTransactionID) error
 	StartSAS(ctx context.Context, txnID id.VerificationTransactionID) error
 	ConfirmSAS(ctx context.Context, txnID id.VerificationTransactionID) error
-	ConfirmQRCodeScanned(ctx context.Context, txnID id.VerificationTransactionID) error
 }
 
 const (
@@ -78,6 +77,8 @@ const (
 	requestEarly = 5 * time.Minute
 	// arrivedAtMost is how many events between devices may wait.
 	arrivedAtMost = 100
+	// noticePatience is how long it is tried to say something.
+	noticePatience = 10 * time.Second
 	// expiryRound is how often it is looked at whether a verification has taken too long.
 	expiryRound = 5 * time.Second
 	// endedKept is how long it is remembered that there was a verification: a request that is delivered again is not begun again.
@@ -200,7 +201,9 @@ func (v *verifications) person(ctx context.Context, userID id.UserID) (*cryptoho
 	if err != nil || report != nil && !report.Outdated {
 		return report, err
 	}
-	if err = v.trust.Recheck(ctx, []id.UserID{userID}); err != nil {
+	asking, cancel := context.WithTimeout(ctx, recheckPatience)
+	defer cancel()
+	if err = v.trust.Recheck(asking, []id.UserID{userID}); err != nil {
 		return nil, err
 	}
 	return v.trust.User(ctx, userID)

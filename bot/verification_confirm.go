@@ -110,13 +110,12 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 	}
 	scanned := d.stage == stageScanned
 	d.stage, d.confirmedBy, d.confirmedIn = stageConfirmed, o.evt.Sender, o.evt.RoomID
-	v.guarded(ctx, d, func() error {
-		if scanned {
-			return v.helper.ConfirmQRCodeScanned(ctx, d.txnID)
-		}
-		return v.helper.ConfirmSAS(ctx, d.txnID)
-	})
-	v.follow(ctx, d)
+	if scanned {
+		v.completeScanned(ctx, d)
+	} else {
+		v.guarded(ctx, d, func() error { return v.helper.ConfirmSAS(ctx, d.txnID) })
+		v.follow(ctx, d)
+	}
 	if mac := d.mac; mac != nil && v.isOpen(d) {
 		v.hand(ctx, d, mac)
 	}
@@ -126,7 +125,7 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 	if !d.verified {
 		return v.replied(o, outcomeFailed, "not verified: "+d.userID.String())
 	}
-	return v.replied(o, outcomeDone, "verified "+d.userID.String()+" "+d.masterKey.String())
+	return v.replied(o, outcomeDone, verifiedDetail+d.userID.String()+" "+d.masterKey.String())
 }
 
 // deny ends a verification.
@@ -148,19 +147,47 @@ func (v *verifications) replied(o *order, outcome outcome, detail string) respon
 	return response{words: said, outcome: outcome, detail: detail}
 }
 
+// verifiedDetail is what the audit table says of a verification that was completed: the person and the master key follow.
+const verifiedDetail = "verified "
+
+// completeScanned completes a verification by QR code. mautrix's helper would sign whatever master key it has for the person at that moment:
+// here the one is signed that was in the code.
+func (v *verifications) completeScanned(ctx context.Context, d *dialogue) {
+	if err := v.verify(ctx, d); err != nil {
+		v.cancel(ctx, d, event.VerificationCancelCodeKeyMismatch, ending{key: unverifiedBecause(err)})
+		return
+	}
+	if err := v.sendDone(ctx, d); err != nil {
+		v.log.Warn().Err(err).Stringer("user_id", d.userID).Msg("Failed to tell a person's app that a verification is done")
+	}
+	v.complete(ctx, d)
+}
+
+// verify signs the person's master key. That the configuration pins the same one is as good.
+func (v *verifications) verify(ctx context.Context, d *dialogue) error {
+	err := v.trust.Verify(ctx, d.userID, d.masterKey)
+	if errors.Is(err, cryptohook.ErrPinned) && v.bot.config.Trust.VerifiedUsers[d.userID] == d.masterKey {
+		return nil
+	}
+	return err
+}
+
+// unverifiedBecause is what people are told when a master key was not signed.
+func unverifiedBecause(err error) string {
+	for _, changed := range []error{cryptohook.ErrOtherMasterKey, cryptohook.ErrUnknownIdentity, cryptohook.ErrPinned} {
+		if errors.Is(err, changed) {
+			return "identity_changed"
+		}
+	}
+	return "not_noted"
+}
+
 // complete verifies the person, after both sides have confirmed and the helper has checked what the person's app vouches for. The hook is
 // told with the key that was verified: it lifts a withdrawal, and judges what the person has sent before anew.
 func (v *verifications) complete(ctx context.Context, d *dialogue) {
-	err := v.trust.Verify(ctx, d.userID, d.masterKey)
-	switch {
-	case errors.Is(err, cryptohook.ErrPinned) && v.bot.config.Trust.VerifiedUsers[d.userID] == d.masterKey:
-		// The pin says the same.
-	case errors.Is(err, cryptohook.ErrOtherMasterKey), errors.Is(err, cryptohook.ErrUnknownIdentity), errors.Is(err, cryptohook.ErrPinned):
-		v.end(ctx, d, ending{key: "identity_changed"})
-		return
-	case err != nil:
+	if err := v.verify(ctx, d); err != nil {
 		v.log.Err(err).Stringer("user_id", d.userID).Msg("Failed to note that a person is verified")
-		v.end(ctx, d, ending{key: "not_noted"})
+		v.end(ctx, d, ending{key: unverifiedBecause(err)})
 		return
 	}
 	d.verified = true

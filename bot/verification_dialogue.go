@@ -163,20 +163,33 @@ func (v *verifications) cancel(ctx context.Context, d *dialogue, code event.Veri
 func (v *verifications) sendCancel(ctx context.Context, d *dialogue, code event.VerificationCancelCode, key string) {
 	s := v.bot.speech(d.roomID)
 	content := &event.VerificationCancelEventContent{Code: code, Reason: s.phrase("verification."+key+".headline", v.names(s, d))}
-	var err error
-	if d.inRoom {
-		content.SetRelatesTo(&event.RelatesTo{Type: event.RelReference, EventID: id.EventID(d.txnID)})
-		_, err = v.bot.client.SendMessageEvent(ctx, d.roomID, event.InRoomVerificationCancel, &event.Content{Parsed: content},
-			mautrix.ReqSendEvent{TransactionID: hashOf("verification cancelled", d.txnID)})
-	} else {
-		content.SetTransactionID(d.txnID)
-		_, err = v.bot.client.SendToDevice(ctx, event.ToDeviceVerificationCancel, &mautrix.ReqSendToDevice{
-			Messages: map[id.UserID]map[id.DeviceID]*event.Content{d.userID: {d.deviceID: {Parsed: content}}},
-		})
-	}
+	err := v.sendProtocol(ctx, d, event.InRoomVerificationCancel, event.ToDeviceVerificationCancel, content)
 	if err != nil {
 		v.log.Warn().Err(err).Stringer("user_id", d.userID).Msg("Failed to tell a person's app that a verification has ended")
 	}
+}
+
+// sendDone tells the person's app that the bot's side is done.
+func (v *verifications) sendDone(ctx context.Context, d *dialogue) error {
+	return v.sendProtocol(ctx, d, event.InRoomVerificationDone, event.ToDeviceVerificationDone, &event.VerificationDoneEventContent{})
+}
+
+// sendProtocol sends an event of the protocol, in the room or to the person's device; again, if it is sent again.
+func (v *verifications) sendProtocol(ctx context.Context, d *dialogue, inRoom, toDevice event.Type, content interface {
+	event.Relatable
+	event.VerificationTransactionable
+}) error {
+	if d.inRoom {
+		content.SetRelatesTo(&event.RelatesTo{Type: event.RelReference, EventID: id.EventID(d.txnID)})
+		_, err := v.bot.client.SendMessageEvent(ctx, d.roomID, inRoom, &event.Content{Parsed: content},
+			mautrix.ReqSendEvent{TransactionID: hashOf("verification", inRoom.Type, d.txnID)})
+		return err
+	}
+	content.SetTransactionID(d.txnID)
+	_, err := v.bot.client.SendToDevice(ctx, toDevice, &mautrix.ReqSendToDevice{
+		Messages: map[id.UserID]map[id.DeviceID]*event.Content{d.userID: {d.deviceID: {Parsed: content}}},
+	})
+	return err
 }
 
 // roomOfOperators is an encrypted room with an operator, for a dialogue in whose room there is none besides the person; empty: there is one,

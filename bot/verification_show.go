@@ -191,7 +191,10 @@ func (v *verifications) sayIn(ctx context.Context, d *dialogue, key string, word
 			v.reply.words = said
 			continue
 		}
-		eventID, sent := v.bot.send(ctx, roomID, noticeContent(said, nil), hashOf("verification", d.txnID, key, roomID))
+		// A room that takes nothing is not to hold up everybody else's verifications.
+		sending, cancel := context.WithTimeout(ctx, noticePatience)
+		eventID, sent := v.bot.send(sending, roomID, noticeContent(said, nil), hashOf("verification", d.txnID, key, roomID))
+		cancel()
 		if sent {
 			d.notices[eventID] = true
 		}

@@ -111,10 +111,6 @@ func (h fakeHelper) ConfirmSAS(_ context.Context, txnID id.VerificationTransacti
 	return h.call("confirm", txnID, func(txn *verificationhelper.VerificationTransaction) { txn.SentOurDone = true })
 }
 
-func (h fakeHelper) ConfirmQRCodeScanned(ctx context.Context, txnID id.VerificationTransactionID) error {
-	return h.ConfirmSAS(ctx, txnID)
-}
-
 // person makes somebody with an identity and a device that it has signed.
 func (d *desk) person(userID id.UserID) {
 	d.t.Helper()
