@@ -27,7 +27,7 @@ type command struct {
 	run       func(b *Bot, ctx context.Context, o *order) response
 }
 
-// commandList is in the order of the help. Its texts are in the languages' section command.NAME.
+// commandList is in the order of the help. Its texts are in the section help.NAME of the languages.
 func commandList() []command {
 	return []command{
 		{name: "help", run: (*Bot).orderHelp},
