@@ -27,7 +27,8 @@ test: ## all tests: units with the race detector, again on PostgreSQL, then Syna
 	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
 	@$(MAKE) --no-print-directory -j2 -Otarget test-races test-postgres
-	$(GO) test -tags $(TAGS) -count 1 -p 2 -v -timeout 12m ./e2e/...
+	$(GO) test -tags $(TAGS) -count 1 -p 2 -v -timeout 12m $$($(GO) list -tags $(TAGS) ./e2e/... | grep -v '/soak$$')
+	$(GO) test -tags $(TAGS) -count 1 -v -timeout 8m ./e2e/soak
 
 # What does one thing after the other: the race detector has nothing to find there, and takes its time.
 IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys
