@@ -101,19 +101,19 @@ func (c *crowd) endure(bot *botproc.Bot, what string, messages int, faults []fau
 	check(t, r)
 }
 
-// becomes gives faults of a disk that is in some state for a while.
-func becomes(d *disk.Disk, state disk.State, name, said string, longest time.Duration, times int) (faults []fault) {
+// becomes gives faults of a disk that is in some state for a while: until the bot has said so. A refusal alone may have been one that SQLite
+// tries again by itself, as when it copies what is in its log to the database.
+func becomes(d *disk.Disk, bot *botproc.Bot, state disk.State, name, said string, longest time.Duration, times int) (faults []fault) {
 	for range times {
 		faults = append(faults, fault{name: name, said: said, play: func(ctx context.Context) error {
-			before := d.Refusals()
+			before := len(bot.LogMentioning(said))
 			d.Set(state)
 			defer d.Set(disk.Fine)
 			if err := pause(ctx, longest/2+time.Duration(rand.Int64N(int64(longest/2)))); err != nil {
 				return err
 			}
-			// What nobody has noticed is no fault.
-			for d.Refusals() == before {
-				if err := pause(ctx, 50*time.Millisecond); err != nil {
+			for waited := time.Duration(0); len(bot.LogMentioning(said)) == before && waited < recovery; waited += 100 * time.Millisecond {
+				if err := pause(ctx, 100*time.Millisecond); err != nil {
 					return err
 				}
 			}
@@ -141,9 +141,9 @@ func TestDiskFailsForAWhile(t *testing.T) {
 	d := w.newDisk(t)
 	bot := w.newBot(t, botOptions{env: d.Env(), configure: both(c.pin(), onDisk(d))})
 	c.meet(bot.UserID)
-	faults := becomes(d, disk.Full, "full disk", "The disk that holds the database is full. Make room", 3*time.Second, often(1, 20))
-	faults = append(faults, becomes(d, disk.ReadOnly, "read-only disk", "The database cannot be written: its file, or its disk, is read-only.", 3*time.Second, often(1, 10))...)
-	faults = append(faults, becomes(d, disk.Broken, "disk with errors", "The disk that holds the database gives errors.", 2*time.Second, often(0, 5))...)
+	faults := becomes(d, bot, disk.Full, "full disk", "The disk that holds the database is full. Make room", 3*time.Second, often(1, 20))
+	faults = append(faults, becomes(d, bot, disk.ReadOnly, "read-only disk", "The database cannot be written: its file, or its disk, is read-only.", 3*time.Second, often(1, 10))...)
+	faults = append(faults, becomes(d, bot, disk.Broken, "disk with errors", "The disk that holds the database gives errors.", 2*time.Second, often(0, 5))...)
 	rand.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
 	pid := bot.PID()
 	c.endure(bot, "disk full, read-only or broken", often(30, 300), faults)
