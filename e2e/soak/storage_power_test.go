@@ -83,7 +83,8 @@ func (o *outages) fail(ctx context.Context, within time.Duration, died *int) err
 	return nil
 }
 
-// again has the power fail so often, and on until something was on its way to the disk, in the middle of writing, at fault points, and at random, and leaves the bot running.
+// again has the power fail so often, and on until something was on its way to the disk: in the middle of writing, at fault points, and at
+// random. It leaves the bot running.
 func (o *outages) again(ctx context.Context, tries int) error {
 	// On a busy machine a bot may not come to write anything before its time is up.
 	for try := 0; try < tries || o.loss.Unsynced == 0 && try < 5*tries; try++ {
