@@ -138,13 +138,25 @@ func TestSilenceAndReset(t *testing.T) {
 	}
 	cure()
 	cure = must(s.Poison(Slices(1000, 10*time.Millisecond)))(t)
-	begun = time.Now()
-	must(s.ask(http.MethodGet, "v3/sync", ""))(t)
-	if took := time.Since(begun); took < 50*time.Millisecond {
+	if took := s.answeredAfter(t); took < 50*time.Millisecond {
 		t.Errorf("slow bytes took %v", took)
 	}
 	cure()
-	must(s.ask(http.MethodGet, "v3/sync", ""))(t)
+	s.answeredAfter(t)
+}
+
+// answeredAfter asks, and gives how long the answer took. What was on its way when a toxic was taken out may still be hit by it.
+func (s *stage) answeredAfter(t *testing.T) time.Duration {
+	t.Helper()
+	for tries := 1; ; tries++ {
+		begun := time.Now()
+		_, err := s.ask(http.MethodGet, "v3/sync", "")
+		if err == nil {
+			return time.Since(begun)
+		} else if tries == 10 {
+			t.Fatal(err)
+		}
+	}
 }
 
 func TestHooksAnswerChangeKeepAndReplay(t *testing.T) {
