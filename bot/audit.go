@@ -50,7 +50,9 @@ const (
 		VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11) ON CONFLICT (event_id) DO UPDATE SET outcome=excluded.outcome, detail=excluded.detail
 			WHERE bot_audit.outcome=''
 	`
-	selectAudit = `
+	// What was confirmed before the person had is done, or fails, later.
+	amendAuditQuery = `UPDATE bot_audit SET outcome=$2, detail=$3 WHERE event_id=$1 AND outcome='done'`
+	selectAudit     = `
 		SELECT event_id, at_ms, room_id, sender, device_id, master_key, code, command, arguments, outcome, detail FROM bot_audit
 	`
 	getAuditQuery   = selectAudit + `WHERE at_ms>0 ORDER BY at_ms DESC LIMIT $1`
@@ -83,6 +85,11 @@ func scanAuditLine(row dbutil.Scannable) (line auditLine, err error) {
 func (s *records) putAudit(ctx context.Context, line *auditLine) error {
 	return s.exec(ctx, insertAuditQuery, line.eventID, line.at.UnixMilli(), line.roomID, line.sender, line.deviceID, line.masterKey, line.code,
 		line.command, line.arguments, line.outcome, line.detail)
+}
+
+// amendAudit changes what became of a command that was noted as done.
+func (s *records) amendAudit(ctx context.Context, eventID id.EventID, outcome, detail string) error {
+	return s.exec(ctx, amendAuditQuery, eventID, outcome, detail)
 }
 
 // auditOf gives the line of an event, or nil.

@@ -175,7 +175,31 @@ func (b *Bot) orderVerify(ctx context.Context, o *order) response {
 	if err != nil {
 		return refuse(o.speech.text(signCaution, "verify.bad_key", vars{"Name": showUser(userID), "Length": strconv.Itoa(len(given))}), "not a master key: "+err.Error())
 	}
-	err = b.hook.Verify(ctx, userID, key)
+	if r := b.against(ctx, o, userID, key); r != nil {
+		return *r
+	}
+	return b.verifyKey(ctx, o, userID, key)
+}
+
+// against asks an operator to say it again if an operator has taken back before that the user is verified: a server may have kept back the
+// message that says it since before that.
+func (b *Bot) against(ctx context.Context, o *order, userID id.UserID, key id.Ed25519) *response {
+	report, err := b.hook.User(ctx, userID)
+	if err != nil {
+		r := o.failed(ctx, err)
+		return &r
+	} else if report == nil || report.MasterKey != key || report.PinnedKey != "" || len(report.WithdrawnKeys) == 0 {
+		return nil
+	}
+	r := refuse(o.speech.text(signCaution, "verify.again", vars{
+		"Name": showUser(userID), "Key": groups(key), "Code": b.verifications.think(userID, key),
+	}), "has to be confirmed: it was taken back before")
+	return &r
+}
+
+// verifyKey signs somebody's master key.
+func (b *Bot) verifyKey(ctx context.Context, o *order, userID id.UserID, key id.Ed25519) response {
+	err := b.hook.Verify(ctx, userID, key)
 	if errors.Is(err, cryptohook.ErrUnknownIdentity) || errors.Is(err, cryptohook.ErrOtherMasterKey) {
 		// Perhaps nobody has asked for it lately.
 		if err = b.hook.Recheck(ctx, []id.UserID{userID}); err == nil {
@@ -185,7 +209,9 @@ func (b *Bot) orderVerify(ctx context.Context, o *order) response {
 	if err != nil {
 		return b.undecided(ctx, o, userID, err)
 	}
-	return say(o.speech.text(signVerified, "verify.done", vars{"Name": showUser(userID), "Key": groups(key)}))
+	r := say(o.speech.text(signVerified, "verify.done", vars{"Name": showUser(userID), "Key": groups(key)}))
+	r.detail = verifiedDetail + userID.String() + " " + key.String()
+	return r
 }
 
 // orderUnverify takes back that somebody is verified.

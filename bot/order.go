@@ -34,8 +34,6 @@ type order struct {
 	// name is the command's; "help" if there is none. args are the words after it.
 	name string
 	args []string
-	// related says that whom it is about was read from a relation to another event. Servers can change those, also of what is encrypted.
-	related bool
 	// fault is the key of why it is not carried out, whatever it says; empty: it may be.
 	fault string
 }

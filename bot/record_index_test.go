@@ -20,7 +20,7 @@ var everyQuery = map[string]string{
 	"getOfAnswerQuery": getOfAnswerQuery, "getEditsQuery": getEditsQuery, "setNextSignQuery": setNextSignQuery,
 	"setRedactedQuery": setRedactedQuery, "clearRecordQuery": clearRecordQuery,
 	"getModesQuery": getModesQuery, "putModeQuery": putModeQuery, "deleteModeQuery": deleteModeQuery,
-	"insertAuditQuery": insertAuditQuery, "getAuditQuery": getAuditQuery, "getAuditOfQuery": getAuditOfQuery, "pruneAuditQuery": pruneAuditQuery,
+	"insertAuditQuery": insertAuditQuery, "getAuditQuery": getAuditQuery, "getAuditOfQuery": getAuditOfQuery, "amendAuditQuery": amendAuditQuery, "pruneAuditQuery": pruneAuditQuery,
 	"getVerificationsQuery":   getVerificationsQuery,
 	"insertVerificationQuery": insertVerificationQuery, "endVerificationQuery": endVerificationQuery,
 	"openVerificationsQuery": openVerificationsQuery, "hadVerificationQuery": hadVerificationQuery,

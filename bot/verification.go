@@ -41,6 +41,8 @@ type verifications struct {
 	// mu guards all of it: one thing happens after the other, the helper's work included.
 	mu   sync.Mutex
 	open map[id.VerificationTransactionID]*dialogue
+	// thoughts are what operators have to say again, by the code for it.
+	thoughts map[string]*secondThought
 	// requests are when each person's last requests came.
 	requests map[id.UserID][]time.Time
 	// cached gives the master key that mautrix holds for somebody: the one that the helper would sign.
@@ -93,7 +95,7 @@ func (b *Bot) newVerifications(hook trust) *verifications {
 		log: b.log.With().Str("component", "verification").Logger(), clock: b.clock, bot: b, trust: hook,
 		store: verificationhelper.NewInMemoryVerificationStore(), router: mautrix.NewDefaultSyncer(),
 		arrived: make(chan *event.Event, arrivedAtMost),
-		open:    make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time),
+		open:    make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time), thoughts: make(map[string]*secondThought),
 	}
 }
 
@@ -159,6 +161,7 @@ func (v *verifications) expire(ctx context.Context) {
 			v.cancel(ctx, d, event.VerificationCancelCodeTimeout, ending{key: "timed_out"})
 		}
 	}
+	v.forgetThoughts()
 }
 
 // endLeftovers ends the verifications that the former process was about. Their secrets were in its memory alone.
@@ -186,13 +189,46 @@ func (v *verifications) guarded(ctx context.Context, d *dialogue, work func() er
 	defer func() {
 		if reason := recover(); reason != nil {
 			v.log.Error().Any("panic", reason).Stringer("user_id", d.userID).Msg("The verification helper panicked; ending that verification")
-			v.cancel(ctx, d, event.VerificationCancelCodeInternalError, ending{key: "broken"})
+			v.breakOff(ctx, d)
 		}
 	}()
 	if err := work(); err != nil && v.isOpen(d) && d.cancelled == nil {
 		v.log.Err(err).Stringer("user_id", d.userID).Stringer("transaction_id", d.txnID).Msg("Failed to go on with a verification")
+		v.breakOff(ctx, d)
+	}
+}
+
+// breakOff ends a verification in which something went wrong. If an operator had confirmed, the helper may have signed the person's master key
+// before: then the person is verified, whatever else went wrong.
+func (v *verifications) breakOff(ctx context.Context, d *dialogue) {
+	if d.stage != stageConfirmed {
+		v.cancel(ctx, d, event.VerificationCancelCodeInternalError, ending{key: "broken"})
+		return
+	}
+	signed, err := v.isSigned(ctx, d)
+	switch {
+	case err != nil:
+		v.log.Err(err).Stringer("user_id", d.userID).Msg("Failed to ask whether a master key was signed before a verification broke off")
+		v.cancel(ctx, d, event.VerificationCancelCodeInternalError, ending{key: "broken_late"})
+	case signed:
+		v.complete(ctx, d)
+	default:
 		v.cancel(ctx, d, event.VerificationCancelCodeInternalError, ending{key: "broken"})
 	}
+}
+
+// isSigned asks the homeserver whether the person's master key, which was compared, bears the bot's signature.
+func (v *verifications) isSigned(ctx context.Context, d *dialogue) (bool, error) {
+	asking, cancel := context.WithTimeout(ctx, recheckPatience)
+	defer cancel()
+	if err := v.trust.Recheck(asking, []id.UserID{d.userID}); err != nil {
+		return false, err
+	}
+	report, err := v.trust.User(ctx, d.userID)
+	if err != nil || report == nil {
+		return false, err
+	}
+	return report.MasterKey == d.masterKey && report.Standing == cryptohook.StandingVerified, nil
 }
 
 // person is what is known of a user whom somebody wants to verify.

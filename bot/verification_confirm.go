@@ -13,65 +13,124 @@ import (
 	"sendertrust/cryptohook"
 )
 
-// orderConfirm completes a verification: an operator says that the person has told them what the bot shows.
+// orderConfirm completes a verification, by the code that the bot has shown: an operator says that the person has told them what the bot
+// shows. What an operator was asked to say again is confirmed in the same way.
 func (b *Bot) orderConfirm(ctx context.Context, o *order) response {
-	return b.verifications.decide(ctx, o, b.verifications.confirm)
+	v := b.verifications
+	if thought := v.takeThought(o); thought != nil {
+		return b.verifyKey(ctx, o, thought.userID, thought.masterKey)
+	}
+	return v.decide(ctx, o, v.toConfirm, v.confirm)
 }
 
 // orderDeny ends a verification: an operator says that the person has told them something else.
 func (b *Bot) orderDeny(ctx context.Context, o *order) response {
-	return b.verifications.decide(ctx, o, b.verifications.deny)
+	return b.verifications.decide(ctx, o, b.verifications.toDeny, b.verifications.deny)
 }
 
 // decide finds the verification that an operator means, and has it carried out what the operator says.
-func (v *verifications) decide(ctx context.Context, o *order, what func(context.Context, *order, *dialogue) response) response {
+func (v *verifications) decide(
+	ctx context.Context, o *order, find func(*order) (*dialogue, *response), what func(context.Context, *order, *dialogue) response,
+) response {
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	v.reply = &pendingReply{roomID: o.evt.RoomID}
 	defer func() { v.reply = nil }()
-	d, bad := v.meant(o)
+	d, bad := find(o)
 	if bad != nil {
 		return *bad
 	}
 	return what(v.log.WithContext(ctx), o, d)
 }
 
-// meant is the verification that an operator means: that of the person who is named, that of the notice that is replied to, or the only one.
-// A relation alone chooses none to be confirmed: a server could have somebody else verified by it.
-func (v *verifications) meant(o *order) (*dialogue, *response) {
-	if len(o.args) > 0 && (!o.related || v.mayBeChosen(o)) {
-		userID, bad := o.person()
-		if bad != nil {
-			return nil, bad
+// given splits what is behind confirm or deny: the person and the code, each of which may be missing.
+func (o *order) given() (userID id.UserID, code string, bad *response) {
+	for _, arg := range o.args {
+		if word := strings.Trim(arg, quotes); isCode(word) {
+			code = word
+			continue
 		}
+		userID = mention(arg)
+		if !isFullUserID(userID) {
+			return "", "", o.refusal("not_a_code", vars{"Given": showUser(userID)})
+		}
+	}
+	return userID, code, nil
+}
+
+// toConfirm is the verification whose code an operator has given. A name alone is not enough: see [verifications.newCode].
+func (v *verifications) toConfirm(o *order) (*dialogue, *response) {
+	userID, code, bad := o.given()
+	if bad != nil {
+		return nil, bad
+	}
+	d := v.coded(code)
+	switch {
+	case d != nil && userID != "" && d.userID != userID:
+		return nil, o.refusal("other_person", vars{"Name": showUser(d.userID), "Given": showUser(userID)})
+	case d != nil:
+		return d, nil
+	case userID != "" && v.ofUser(userID) == nil:
+		return nil, o.refusal("not_open", vars{"Name": showUser(userID)})
+	case len(v.open) == 0:
+		return nil, o.refusal("none_open", nil)
+	case code != "":
+		return nil, o.refusal("other_code", vars{"Given": code})
+	case !v.anythingToConfirm(userID):
+		return nil, o.refusal("early", nil)
+	}
+	return nil, o.refusal("no_code", nil)
+}
+
+// anythingToConfirm says that a verification, that with somebody if one is named, has something to compare.
+func (v *verifications) anythingToConfirm(userID id.UserID) bool {
+	for _, d := range v.open {
+		if d.code != "" && (userID == "" || d.userID == userID) {
+			return true
+		}
+	}
+	return false
+}
+
+// toDeny is the verification that an operator means: that of the person or the code that is named, that of the notice that is replied to, or
+// the only one. To end the wrong one costs nobody anything but time.
+func (v *verifications) toDeny(o *order) (*dialogue, *response) {
+	userID, code, bad := o.given()
+	switch {
+	case bad != nil:
+		return nil, bad
+	case userID != "":
 		if d := v.ofUser(userID); d != nil {
 			return d, nil
 		}
 		return nil, o.refusal("not_open", vars{"Name": showUser(userID)})
-	}
-	if repliedTo := o.evt.Content.AsMessage().RelatesTo.GetNonFallbackReplyTo(); repliedTo != "" && v.mayBeChosen(o) {
-		if d := v.noticed(repliedTo); d != nil {
+	case code != "":
+		if d := v.coded(code); d != nil {
 			return d, nil
 		}
+		return nil, o.refusal("other_code", vars{"Given": code})
 	}
-	switch len(v.open) {
-	case 0:
-		return nil, o.refusal("none_open", nil)
-	case 1:
-		for _, d := range v.open {
-			return d, nil
-		}
+	if d := v.noticed(o.evt.Content.AsMessage().RelatesTo.GetNonFallbackReplyTo()); d != nil {
+		return d, nil
 	}
+	return v.only(o)
+}
+
+// only is the verification that is open if there is one alone.
+func (v *verifications) only(o *order) (*dialogue, *response) {
 	var names []string
 	for _, d := range v.open {
+		if len(v.open) == 1 {
+			return d, nil
+		}
 		names = append(names, showUser(d.userID))
+	}
+	if len(names) == 0 {
+		return nil, o.refusal("none_open", nil)
 	}
 	slices.Sort(names)
 	return nil, o.refusal("which", vars{"Names": strings.Join(names, ", ")})
 }
-
-// mayBeChosen says that a relation may say which verification an order is about.
-func (v *verifications) mayBeChosen(o *order) bool { return o.name != "confirm" || len(v.open) == 1 }
 
 // noticed is the verification that a message of the bot's is about, or nil.
 func (v *verifications) noticed(eventID id.EventID) *dialogue {
@@ -99,8 +158,6 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 		return *o.refusal("own", put)
 	case d.stage == stageConfirmed:
 		return *o.refusal("twice", put)
-	case d.stage != stageEmojis && d.stage != stageScanned:
-		return *o.refusal("early", put)
 	}
 	if why := v.bound(ctx, d, d.deviceID); why == "not_sure" {
 		return *o.refusal("not_sure", put)
@@ -109,7 +166,7 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 		return v.replied(o, outcomeRefused, why)
 	}
 	scanned := d.stage == stageScanned
-	d.stage, d.confirmedBy, d.confirmedIn = stageConfirmed, o.evt.Sender, o.evt.RoomID
+	d.stage, d.confirmedBy, d.confirmedIn, d.confirmation = stageConfirmed, o.evt.Sender, o.evt.RoomID, o.evt.ID
 	if scanned {
 		v.completeScanned(ctx, d)
 	} else {
@@ -120,10 +177,10 @@ func (v *verifications) confirm(ctx context.Context, o *order, d *dialogue) resp
 		v.hand(ctx, d, mac)
 	}
 	if v.isOpen(d) {
-		return response{words: o.speech.text(signPlain, "verification.decide.thanks", put), detail: "waits for " + d.userID.String() + " " + d.masterKey.String()}
+		return response{words: o.speech.text(signPlain, "verification.decide.thanks", put), detail: waitingDetail + d.userID.String() + " " + d.masterKey.String()}
 	}
 	if !d.verified {
-		return v.replied(o, outcomeFailed, "not verified: "+d.userID.String())
+		return v.replied(o, outcomeFailed, failedDetail+d.userID.String())
 	}
 	return v.replied(o, outcomeDone, verifiedDetail+d.userID.String()+" "+d.masterKey.String())
 }
@@ -147,8 +204,12 @@ func (v *verifications) replied(o *order, outcome outcome, detail string) respon
 	return response{words: said, outcome: outcome, detail: detail}
 }
 
-// verifiedDetail is what the audit table says of a verification that was completed: the person and the master key follow.
-const verifiedDetail = "verified "
+// What the audit table says of a verification that an operator has confirmed. The person follows, and, but for the last, the master key.
+const (
+	verifiedDetail = "verified "
+	waitingDetail  = "waits for "
+	failedDetail   = "not verified: "
+)
 
 // completeScanned completes a verification by QR code. mautrix's helper would sign whatever master key it has for the person at that moment:
 // here the one is signed that was in the code.
@@ -192,6 +253,7 @@ func (v *verifications) complete(ctx context.Context, d *dialogue) {
 	}
 	d.verified = true
 	v.close(ctx, d)
+	v.amend(ctx, d, auditDone, verifiedDetail+d.userID.String()+" "+d.masterKey.String())
 	v.log.Info().Stringer("user_id", d.userID).Stringer("master_key", d.masterKey).Stringer("confirmed_by", d.confirmedBy).
 		Msg("A person was verified")
 	v.tell(ctx, d, signVerified, "done", vars{"Operator": showUser(d.confirmedBy)})

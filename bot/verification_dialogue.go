@@ -33,6 +33,8 @@ type dialogue struct {
 	// askedIn is the operator's order.
 	askedIn id.EventID
 	stage   stage
+	// code is what confirms it; empty until there is something to confirm.
+	code string
 	// canSAS says that the person's app can compare emojis; qrCode is what it can scan, nil if it cannot.
 	canSAS bool
 	qrCode *verificationhelper.QRCode
@@ -44,9 +46,11 @@ type dialogue struct {
 	// mac is what the person's app vouches for, once the person has confirmed. The helper gets it after an operator has: in mautrix 0.31 it
 	// compares the person's master key with the bot's if it has theirs before it sends its own.
 	mac *event.Event
-	// confirmedBy is the operator who has confirmed, and confirmedIn the room where they did.
+	// confirmedBy is the operator who has confirmed, and confirmedIn the room where they did so.
 	confirmedBy id.UserID
 	confirmedIn id.RoomID
+	// confirmation is the event that confirmed it: its line in the audit table says what became of it.
+	confirmation id.EventID
 	// verified says that it has ended well.
 	verified bool
 
@@ -141,6 +145,7 @@ func (v *verifications) end(ctx context.Context, d *dialogue, why ending) {
 		return
 	}
 	v.close(ctx, d)
+	v.amend(ctx, d, string(outcomeFailed), failedDetail+d.userID.String())
 	v.log.Info().Stringer("user_id", d.userID).Stringer("transaction_id", d.txnID).Str("why", why.key).Msg("A verification has ended")
 	sign := signCaution
 	if alarming[why.key] {
@@ -151,6 +156,16 @@ func (v *verifications) end(ctx context.Context, d *dialogue, why ending) {
 
 // alarming are the endings that may mean that somebody sits in between.
 var alarming = map[string]bool{"denied": true, "mismatch": true, "wrong_keys": true, "identity_changed": true}
+
+// amend has the audit table say what became of what an operator had confirmed before the end.
+func (v *verifications) amend(ctx context.Context, d *dialogue, outcome, detail string) {
+	if d.confirmation == "" {
+		return
+	}
+	if err := v.bot.reviser.records.amendAudit(ctx, d.confirmation, outcome, detail); err != nil {
+		v.log.Err(err).Msg("Failed to write into the audit table what became of a verification")
+	}
+}
 
 // cancel ends a dialogue from the bot's side.
 func (v *verifications) cancel(ctx context.Context, d *dialogue, code event.VerificationCancelCode, why ending) {

@@ -10,14 +10,15 @@ import (
 	"sendertrust/cryptohook"
 )
 
-// reactions are what an operator can press below a notice about a verification, and the commands that they stand for.
+// reactions are what somebody may press below a notice about a verification, and the commands that they mean.
 var reactions = map[string]string{"✅": "confirm", "✔": "confirm", "❌": "deny", "✖": "deny"}
 
 // emojiStyle is the sign that asks for a coloured emoji.
 const emojiStyle = "\ufe0f"
 
-// onReaction takes reactions to what the bot shows. They count like commands: by the verdict on the reaction itself. Most apps send them
-// in the clear, so that nobody can tell who has pressed it; then the bot says so.
+// onReaction answers reactions to what the bot shows: they do not count, and what does is said. Most apps send them in the clear. Of those that
+// are encrypted, which emoji it is and to what are in the clear all the same (m.relates_to), so that a server can change both.
+// https://spec.matrix.org/v1.16/client-server-api/#mmegolmv1aes-sha2
 func (v *verifications) onReaction(ctx context.Context, evt *event.Event) {
 	verdict, judged := cryptohook.VerdictOf(evt)
 	content, isReaction := evt.Content.Parsed.(*event.ReactionEventContent)
@@ -28,29 +29,29 @@ func (v *verifications) onReaction(ctx context.Context, evt *event.Event) {
 	if name == "" {
 		return
 	}
-	v.mu.Lock()
-	d := v.noticed(content.RelatesTo.EventID)
-	v.mu.Unlock()
-	if d == nil {
+	word, noticed := v.wordFor(content.RelatesTo.EventID, name)
+	if !noticed {
 		return
 	}
 	if verdict, judged = v.bot.whileTrusted(ctx, verdict, evt.Sender); !judged || !v.bot.mayAnswer(ctx, evt, verdict) {
 		return
 	}
-	o := &order{evt: evt, verdict: verdict, speech: v.bot.speech(evt.RoomID), name: name, args: []string{d.userID.String()}, related: true}
-	v.bot.answerReaction(ctx, o, content.RelatesTo.EventID)
+	o := &order{evt: evt, verdict: verdict, speech: v.bot.speech(evt.RoomID), name: name}
+	r := refuse(o.speech.text(signCaution, "verification.reaction", vars{"Command": name, "Word": word}), "a reaction")
+	v.bot.note(ctx, o, r)
+	v.bot.send(ctx, evt.RoomID, noticeContent(r.words, replyTo(content.RelatesTo.EventID, "")), transactionID(evt.ID))
 }
 
-// answerReaction carries a reaction out as the command that it stands for, and says what came of it.
-func (b *Bot) answerReaction(ctx context.Context, o *order, notice id.EventID) {
-	var r response
-	if o.verdict.Code == cryptohook.CodeSentInClear || o.verdict.Code == cryptohook.CodeNotEncrypted {
-		r = refuse(o.speech.text(signCaution, "verification.reaction", vars{
-			"Sender": showUser(o.evt.Sender), "Command": o.name, "Name": o.args[0],
-		}), "a reaction that was not encrypted")
-		b.note(ctx, o, r)
-	} else if c, known := findCommand(o.name); known {
-		r = b.carryOutForOperators(ctx, c, o)
+// wordFor is what belongs behind a command about the verification that a notice is about. It says no if it is about none that is open.
+func (v *verifications) wordFor(notice id.EventID, command string) (word string, noticed bool) {
+	v.mu.Lock()
+	defer v.mu.Unlock()
+	d := v.noticed(notice)
+	switch {
+	case d == nil:
+		return "", false
+	case command == "confirm" && d.code != "":
+		return d.code, true
 	}
-	b.send(ctx, o.evt.RoomID, noticeContent(r.words, replyTo(notice, "")), transactionID(o.evt.ID))
+	return d.userID.String(), true
 }

@@ -16,7 +16,10 @@ func (v *verifications) follow(ctx context.Context, d *dialogue) {
 	if !v.isOpen(d) {
 		return
 	}
-	if d.cancelled != nil {
+	if d.cancelled != nil && d.stage == stageConfirmed && !d.cancelled.byPerson && d.cancelled.code == event.VerificationCancelCodeUser {
+		v.breakOff(ctx, d)
+		return
+	} else if d.cancelled != nil {
 		v.end(ctx, d, d.cancelled.ending())
 		return
 	}
@@ -32,10 +35,10 @@ func (v *verifications) follow(ctx context.Context, d *dialogue) {
 		d.stage = stageReady
 		v.ready(ctx, d)
 	case told.sas != nil:
-		d.stage = stageEmojis
+		d.stage, d.code = stageEmojis, v.newCode()
 		v.showEmojis(ctx, d, told.sas)
 	case told.scanned:
-		d.stage = stageScanned
+		d.stage, d.code = stageScanned, v.newCode()
 		v.tell(ctx, d, signPlain, "scanned", nil)
 	}
 }
@@ -64,7 +67,7 @@ func (c *cancellation) ending() ending {
 	case event.VerificationCancelCodeAccepted:
 		return ending{key: "elsewhere"}
 	}
-	return ending{key: "failed", put: vars{"Code": showText(string(c.code))}}
+	return ending{key: "failed", put: vars{"Reason": showText(string(c.code))}}
 }
 
 // ready says how to go on, and shows the QR code if the person's app can scan one. What the bot itself has begun, it goes on with.
@@ -155,6 +158,7 @@ func (v *verifications) names(s speech, d *dialogue) vars {
 	return vars{
 		"Name": showUser(d.userID), "Device": device, "Key": groups(d.masterKey), "Operators": who, "Most": openAtMost,
 		"Until": d.openedAt.Add(verificationLasts).UTC().Format("15:04 UTC"), "Odd": s.lookAlike(d.userID),
+		"Code": d.code,
 	}
 }
 

@@ -3,6 +3,7 @@ package bot
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"image/png"
 	"slices"
@@ -31,6 +32,10 @@ type desk struct {
 	// calls are what the helper was told to do; panics is one of them that panics.
 	calls  []string
 	panics string
+	// confirming is what the helper does when it is told that the emojis match; nil: it completes.
+	confirming func(txn *verificationhelper.VerificationTransaction) error
+	// unasked is why the homeserver gives no keys.
+	unasked error
 }
 
 const (
@@ -69,7 +74,7 @@ func (d *desk) User(_ context.Context, userID id.UserID) (*cryptohook.UserReport
 }
 
 // Recheck implements [trust].
-func (d *desk) Recheck(context.Context, []id.UserID) error { return nil }
+func (d *desk) Recheck(context.Context, []id.UserID) error { return d.unasked }
 
 // Verify implements [trust].
 func (d *desk) Verify(_ context.Context, userID id.UserID, masterKey id.Ed25519) error {
@@ -108,7 +113,15 @@ func (h fakeHelper) StartSAS(_ context.Context, txnID id.VerificationTransaction
 }
 
 func (h fakeHelper) ConfirmSAS(_ context.Context, txnID id.VerificationTransactionID) error {
-	return h.call("confirm", txnID, func(txn *verificationhelper.VerificationTransaction) { txn.SentOurDone = true })
+	var err error
+	called := h.call("confirm", txnID, func(txn *verificationhelper.VerificationTransaction) {
+		if h.confirming == nil {
+			txn.SentOurDone = true
+		} else {
+			err = h.confirming(txn)
+		}
+	})
+	return errors.Join(called, err)
 }
 
 // person makes somebody with an identity and a device that it has signed.
@@ -150,6 +163,9 @@ func (d *desk) decide(sender id.UserID, name string, args ...string) response {
 	}
 	return d.bot.orderConfirm(d.t.Context(), o)
 }
+
+// code is what confirms a verification; empty if nothing does yet.
+func (d *desk) code(txnID id.VerificationTransactionID) string { return d.v.open[txnID].code }
 
 // saidAll is everything that was said, in words.
 func saidAll(said []saidEvent) string {
@@ -316,11 +332,21 @@ func TestOperatorsDecideInEveryStage(t *testing.T) {
 	expect(d.decide("@olga:example.org", "confirm"), "early")
 	expect(d.decide("@olga:example.org", "confirm", "@bella:example.org"), "not_open")
 	d.shows("$one")
-	expect(d.decide("@alice:example.org", "confirm"), "own")
+	code := d.code("$one")
+	expect(d.decide("@alice:example.org", "confirm", code), "own")
 	d.request("@bella:example.org", "$two")
-	expect(d.decide("@olga:example.org", "confirm"), "which")
+	expect(d.decide("@olga:example.org", "confirm"), "no_code")
+	expect(d.decide("@olga:example.org", "confirm", "@alice:example.org"), "no_code")
+	expect(d.decide("@olga:example.org", "confirm", "@bella:example.org"), "early")
+	expect(d.decide("@olga:example.org", "confirm", "@bella:example.org", code), "other_person")
+	expect(d.decide("@olga:example.org", "confirm", otherCode(code)), "other_code")
+	expect(d.decide("@olga:example.org", "confirm", "yes"), "not_a_code")
+	expect(d.decide("@olga:example.org", "deny"), "which")
 	expect(d.decide("@olga:example.org", "deny", "@bella:example.org"), "called_off")
-	expect(d.decide("@olga:example.org", "confirm"), "verified @alice:example.org "+alicesKey.String())
+	if len(d.verified) > 0 {
+		t.Fatalf("verified already: %v", d.verified)
+	}
+	expect(d.decide("@olga:example.org", "confirm", "@alice:example.org", code), "verified @alice:example.org "+alicesKey.String())
 	if d.verified["@alice:example.org"] != alicesKey {
 		t.Errorf("verified: %v", d.verified)
 	}
@@ -330,17 +356,56 @@ func TestOperatorsDecideInEveryStage(t *testing.T) {
 	}
 }
 
+// otherCode is a code that differs from one in its last digit.
+func otherCode(code string) string {
+	last := code[len(code)-1]
+	return code[:len(code)-1] + string('0'+(last-'0'+1)%10)
+}
+
+// A server that keeps an operator's confirmation back, and delivers it when another verification is open, has nobody verified by it.
+func TestConfirmationCountsForNoLaterVerification(t *testing.T) {
+	d := newTestDesk(t)
+	d.person("@alice:example.org")
+	d.request("@alice:example.org", "$one")
+	d.shows("$one")
+	kept := d.code("$one")
+	d.decide("@olga:example.org", "deny")
+	d.request("@alice:example.org", "$two")
+	d.shows("$two")
+	if now := d.code("$two"); !isCode(now) || now == kept {
+		t.Fatalf("the first code was %s, the second %s", kept, now)
+	}
+	for _, args := range [][]string{{kept}, {"@alice:example.org"}, {"@alice:example.org", kept}, nil} {
+		if r := d.decide("@olga:example.org", "confirm", args...); r.outcome != outcomeRefused || len(d.verified) > 0 || d.v.open["$two"] == nil {
+			t.Errorf("confirm %v: %s; verified: %v", args, r.words.plain(), d.verified)
+		}
+	}
+}
+
+func TestCodesAreShownWhereTheyAreNeeded(t *testing.T) {
+	d := newTestDesk(t)
+	d.person("@alice:example.org")
+	d.request("@alice:example.org", "$one")
+	if code := d.code("$one"); code != "" {
+		t.Errorf("there is the code %s before there is anything to compare", code)
+	}
+	said := saidAll(d.says(func() { d.shows("$one") }))
+	if !strings.Contains(said, "!trust confirm "+d.code("$one")) {
+		t.Errorf("said %s", said)
+	}
+}
+
 func TestPinnedOperatorConfirmsForThemselves(t *testing.T) {
 	d := newTestDesk(t)
 	d.person("@olga:example.org")
 	d.bot.config.Trust.VerifiedUsers = map[id.UserID]id.Ed25519{"@olga:example.org": otherKey}
 	d.request("@olga:example.org", "$one")
 	d.shows("$one")
-	if r := d.decide("@olga:example.org", "confirm"); r.detail != "own" {
+	if r := d.decide("@olga:example.org", "confirm", d.code("$one")); r.detail != "own" {
 		t.Errorf("with another key: %s", r.words.plain())
 	}
 	d.bot.config.Trust.VerifiedUsers["@olga:example.org"] = alicesKey
-	if r := d.decide("@olga:example.org", "confirm"); !strings.Contains(r.words.plain(), "is verified now") {
+	if r := d.decide("@olga:example.org", "confirm", d.code("$one")); !strings.Contains(r.words.plain(), "is verified now") {
 		t.Errorf("with that key: %s", r.words.plain())
 	}
 }
@@ -363,7 +428,7 @@ func TestNothingElseIsVerifiedThanWhatWasCompared(t *testing.T) {
 		d.request("@alice:example.org", "$one")
 		d.shows("$one")
 		c.change(d)
-		r := d.decide("@olga:example.org", "confirm")
+		r := d.decide("@olga:example.org", "confirm", d.code("$one"))
 		if r.detail != c.why || r.outcome != outcomeRefused || slices.Contains(d.calls, "confirm") || len(d.verified) > 0 {
 			t.Errorf("%s: %q; the helper was told %v: %s", name, r.detail, d.calls, r.words.plain())
 		}
@@ -381,11 +446,84 @@ func TestHelperThatPanicsEndsOneVerification(t *testing.T) {
 	d.request("@alice:example.org", "$one")
 	d.shows("$one")
 	d.panics = "confirm"
-	if r := d.decide("@olga:example.org", "confirm", "@alice:example.org"); !strings.Contains(r.words.plain(), "something went wrong on my side") {
+	if r := d.decide("@olga:example.org", "confirm", d.code("$one")); !strings.Contains(r.words.plain(), "something went wrong on my side") {
 		t.Errorf("said %s", r.words.plain())
 	}
 	if d.v.open["$one"] != nil || d.v.open["$other"] == nil || len(d.verified) > 0 {
 		t.Errorf("open: %v, verified: %v", d.v.open, d.verified)
+	}
+}
+
+// The helper signs, and then tells the person's app. If that fails, the person is verified all the same.
+func TestVerificationThatBreaksOffSaysWhatIsTrue(t *testing.T) {
+	for name, c := range map[string]struct {
+		signed  bool
+		unasked error
+		says    string
+	}{
+		"before it was signed":  {false, nil, "Nobody was verified by it"},
+		"after it was signed":   {true, nil, "is verified now"},
+		"and nobody knows when": {true, errors.New("the homeserver is gone"), "I cannot tell whether that was noted"},
+	} {
+		d := newTestDesk(t)
+		d.person("@alice:example.org")
+		d.request("@alice:example.org", "$one")
+		d.shows("$one")
+		d.confirming = func(*verificationhelper.VerificationTransaction) error {
+			if c.signed {
+				d.reports["@alice:example.org"].Standing = cryptohook.StandingVerified
+			}
+			d.unasked = c.unasked
+			return errors.New("the event could not be sent")
+		}
+		r := d.decide("@olga:example.org", "confirm", d.code("$one"))
+		if !strings.Contains(r.words.plain(), c.says) {
+			t.Errorf("%s: said %s", name, r.words.plain())
+		}
+		if left := d.left(); left != "" {
+			t.Errorf("%s: %s", name, left)
+		}
+	}
+}
+
+// What an operator has confirmed before the person had is in the audit table as what came of it in the end.
+func TestAuditSaysWhatBecameOfAConfirmation(t *testing.T) {
+	for name, c := range map[string]struct {
+		end     func(d *desk)
+		outcome string
+		detail  string
+	}{
+		"the person confirms": {
+			func(d *desk) {
+				d.v.open["$one"].done = true
+				d.v.follow(t.Context(), d.v.open["$one"])
+			}, auditDone, verifiedDetail + "@alice:example.org " + alicesKey.String(),
+		},
+		"the person does not": {
+			func(d *desk) {
+				d.now = d.now.Add(verificationLasts)
+				d.v.expire(t.Context())
+			}, string(outcomeFailed), failedDetail + "@alice:example.org",
+		},
+	} {
+		d := newTestDesk(t)
+		d.person("@alice:example.org")
+		d.request("@alice:example.org", "$one")
+		d.shows("$one")
+		d.confirming = func(*verificationhelper.VerificationTransaction) error { return nil }
+		r := d.decide("@olga:example.org", "confirm", d.code("$one"))
+		if !strings.HasPrefix(r.detail, waitingDetail) {
+			t.Fatalf("%s: %q", name, r.detail)
+		}
+		line := &auditLine{eventID: "$order", at: d.now, sender: "@olga:example.org", command: "confirm", outcome: auditDone, detail: r.detail}
+		if err := d.bot.reviser.records.putAudit(t.Context(), line); err != nil {
+			t.Fatal(err)
+		}
+		c.end(d)
+		noted, err := d.bot.reviser.records.auditOf(t.Context(), "$order")
+		if err != nil || noted.outcome != c.outcome || noted.detail != c.detail {
+			t.Errorf("%s: noted %+v (%v)", name, noted, err)
+		}
 	}
 }
 

@@ -79,6 +79,7 @@ const (
 	`
 	insertWithdrawalQuery = `INSERT INTO sendertrust_withdrawal (user_id, master_key) VALUES ($1, $2) ON CONFLICT (user_id, master_key) DO NOTHING`
 	deleteWithdrawalQuery = `DELETE FROM sendertrust_withdrawal WHERE user_id=$1 AND master_key=$2`
+	getWithdrawnQuery     = `SELECT master_key FROM sendertrust_withdrawal WHERE user_id=$1 ORDER BY master_key`
 	isWithdrawnQuery      = `SELECT true FROM sendertrust_withdrawal WHERE user_id=$1 AND master_key=$2`
 )
 
@@ -106,6 +107,16 @@ func (s *store) restore(ctx context.Context, userID id.UserID, masterKey id.Ed25
 func (s *store) isWithdrawn(ctx context.Context, userID id.UserID, masterKey id.Ed25519) (withdrawn bool, err error) {
 	err = s.QueryRow(ctx, isWithdrawnQuery, userID, masterKey).Scan(&withdrawn)
 	return withdrawn, ignoreNoRows(err)
+}
+
+// withdrawnKeys are the master keys of a user whose verification was withdrawn.
+func (s *store) withdrawnKeys(ctx context.Context, userID id.UserID) ([]id.Ed25519, error) {
+	rows, err := s.Query(ctx, getWithdrawnQuery, userID)
+	keys, err := dbutil.NewRowIterWithError(rows, dbutil.ScanSingleColumn[id.Ed25519], err).AsList()
+	if err != nil {
+		return nil, fmt.Errorf("failed to read whose verification was withdrawn: %w", err)
+	}
+	return keys, nil
 }
 
 // signature is a fact: that key has signed the user's device with these keys, in the user's name. Whether it is the user's self-signing

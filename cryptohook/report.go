@@ -54,6 +54,8 @@ type UserReport struct {
 	PinnedKey id.Ed25519
 	// Withdrawn says that the verification of today's master key was withdrawn.
 	Withdrawn bool
+	// WithdrawnKeys are the user's master keys, today's or former ones, whose verification was withdrawn and not renewed since.
+	WithdrawnKeys []id.Ed25519
 	// FirstSeen is when the first master key was seen. Zero: before that was recorded, or never.
 	FirstSeen time.Time
 	// Changes are the master keys that the user came to publish, the oldest first: the newest [MaxIdentityChanges] that were seen since
@@ -121,10 +123,11 @@ func (h *Hook) User(ctx context.Context, userID id.UserID) (*UserReport, error) 
 	if identity != nil {
 		report.MasterKey, report.FirstMasterKey, report.SelfSigningKey = identity.MasterKey, identity.FirstMasterKey, identity.SelfSigningKey
 		report.VerifiedBy = anchor.verifiedBy(identity)
-		if report.Withdrawn, err = h.store.isWithdrawn(ctx, userID, identity.MasterKey); err != nil {
-			return nil, err
-		}
 	}
+	if report.WithdrawnKeys, err = h.store.withdrawnKeys(ctx, userID); err != nil {
+		return nil, err
+	}
+	report.Withdrawn = slices.Contains(report.WithdrawnKeys, report.MasterKey)
 	if report.Devices, err = h.store.deviceReports(ctx, userID, report.SelfSigningKey); err != nil {
 		return nil, err
 	}

@@ -125,11 +125,11 @@ func TestStrangersAreToldWhoIsWho(t *testing.T) {
 	ask(t, alice, room, "", "!trust user "+bob.UserID.String(), bob.UserID.String()+" has not set up an identity.", bob.DeviceID.String()+": NOT confirmed")
 	ask(t, alice, room, "", "!trust user "+w.verified.UserID.String(), "is verified.", "my configuration names", groupsOfFour(w.verifiedKey.String()))
 	ask(t, alice, room, "", "!trust user "+w.bot.UserID.String(), "That is me.", "!trust status")
-	ask(t, alice, room, "", "!trust user "+carol.UserID.String(), carol.UserID.String()+" shares no room with me.")
+	ask(t, alice, room, "", "!trust user "+carol.UserID.String(), carol.UserID.String()+" has not joined this room.")
 	ask(t, alice, room, "", "!trust user Bob", "is not a Matrix ID")
-	ask(t, alice, room, "", "!trust user @аlice:localhost", "shares no room with me", "U+0430")
+	ask(t, alice, room, "", "!trust user @аlice:localhost", "has not joined this room", "U+0430")
 
-	ask(t, alice, room, "", "!trust room", "There are 4 members", "The room is encrypted.", "Of one member it cannot be checked",
+	ask(t, alice, room, "", "!trust room", "There are 4 members", "The room is encrypted.", "Of one member I cannot check",
 		"⚠️ "+bob.UserID.String()+" · no identity set up · 0 confirmed, 1 not", "✅ "+w.verified.UserID.String()+" · verified", "me, this bot")
 
 	// Who calls themselves like another is found out.
@@ -172,7 +172,7 @@ func TestStrangersAreToldWhoVerifiedAndWhatHasChanged(t *testing.T) {
 
 	// An operator may ask about strangers, too.
 	carol, carolKey := w.newStranger(t, "carol")
-	ask(t, alice, room, "", "!trust user "+carol.UserID.String(), "shares no room with me")
+	ask(t, alice, room, "", "!trust user "+carol.UserID.String(), "has not joined this room")
 	ask(t, olga, room, "", "!trust user "+carol.UserID.String(), "is not verified in person.", groupsOfFour(carolKey.String()))
 	ask(t, olga, room, "", "!trust user @nobody-at-all:localhost", "I know nothing of @nobody-at-all:localhost.")
 }

@@ -17,7 +17,7 @@ func TestLongPauseLosesNoMessage(t *testing.T) {
 	settle(t, alice, room)
 	_, _, err := bot.Stop(within(t, patience))
 	ok(t, err)
-	ctx := within(t, 2*patience)
+	ctx := within(t, 4*patience)
 	var sent []id.EventID
 	for i := range 130 {
 		sent = append(sent, must(alice.Send(ctx, room, say(fmt.Sprint("message ", i))))(t))

@@ -1,8 +1,8 @@
 // Package e2e tests the bot as its users have it: as a process, against a real homeserver (Synapse), in rooms with real clients.
 // Clients that must lie are those of package people; Element's own crypto, in package element, is the reference.
 //
-// The tests share one homeserver and one bot, each in rooms of its own; those that stop the bot, or need another configuration,
-// have one for themselves. Nothing runs with -short.
+// The tests share two worlds of a homeserver and a bot, each test in rooms of its own; those that stop the bot, or need another
+// configuration, have one for themselves. Nothing runs with -short.
 package e2e
 
 import (
@@ -13,6 +13,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -53,19 +54,21 @@ func TestMain(m *testing.M) {
 	signal.Notify(interrupted, os.Interrupt, syscall.SIGTERM)
 	go func() {
 		<-interrupted
-		shared.close()
+		closeWorlds()
 		os.Exit(1)
 	}()
 	code := m.Run()
-	if err := shared.checkLog(); err != nil {
-		fmt.Fprintln(os.Stderr, "FAIL:", err)
-		code = 1
+	for _, w := range worlds {
+		if err := w.checkLog(); err != nil {
+			fmt.Fprintln(os.Stderr, "FAIL:", err)
+			code = 1
+		}
 	}
-	shared.close()
+	closeWorlds()
 	os.Exit(code)
 }
 
-// world is what the tests share.
+// world is what about half of the tests share.
 type world struct {
 	once sync.Once
 	err  error
@@ -83,23 +86,48 @@ type world struct {
 	closing  sync.Once
 }
 
-var shared = new(world)
+// worlds are two: a homeserver keeps one processor busy at most, and the tests wait for it most of the time.
+var worlds = []*world{new(world), new(world)}
 
-// theWorld starts what the tests share, once, and gives it.
+// inhabitants are the tests by name, each with its world.
+var inhabitants = struct {
+	sync.Mutex
+	worlds map[string]*world
+}{worlds: make(map[string]*world)}
+
+// theWorld gives the world that a test, with its subtests, lives in. The first test in it starts it.
 func theWorld(t *testing.T) *world {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("needs a homeserver: not with -short")
 	}
-	shared.once.Do(func() {
+	w := worldOf(t)
+	w.once.Do(func() {
 		ctx, cancel := context.WithTimeout(context.Background(), startPatience)
 		defer cancel()
-		shared.err = shared.start(ctx)
+		w.err = w.start(ctx)
 	})
-	if shared.err != nil {
-		t.Fatal(shared.err)
+	if w.err != nil {
+		t.Fatal(w.err)
 	}
-	return shared
+	return w
+}
+
+// worldOf has the tests take turns.
+func worldOf(t *testing.T) *world {
+	inhabitants.Lock()
+	defer inhabitants.Unlock()
+	name, _, _ := strings.Cut(t.Name(), "/")
+	if inhabitants.worlds[name] == nil {
+		inhabitants.worlds[name] = worlds[len(inhabitants.worlds)%len(worlds)]
+	}
+	return inhabitants.worlds[name]
+}
+
+func closeWorlds() {
+	for _, w := range worlds {
+		w.close()
+	}
 }
 
 func (w *world) start(ctx context.Context) (err error) {

@@ -101,6 +101,21 @@ func TestOperatorVerifiesAndUnverifiesSomebody(t *testing.T) {
 	c.expectAnswer(t, unverify, "verified", "is not verified any more")
 	must(c.olga.WaitForAnswerThat(ctx, again, func(a people.Answer) bool { return a.Annotation.Code == "unverified_identity" }))(t)
 
+	// The same words could be from before that: they count with a code.
+	late := must(c.olga.Send(ctx, c.room, "!trust verify "+c.zoe.UserID.String()+" "+c.zoeKey.String()))(t)
+	asked := c.expectAnswer(t, late, "verified", "It was taken back before that "+c.zoe.UserID.String()+" is verified")
+	confirm := aCode.FindString(asked.Body)
+	notYet := must(c.zoe.Send(ctx, c.room, say("and now?")))(t)
+	c.expectAnswer(t, notYet, "unverified_identity")
+	if confirm == "" {
+		t.Fatalf("there is no code in it: %s", asked.Body)
+	}
+	confirmed := must(c.olga.Send(ctx, c.room, confirm))(t)
+	c.expectAnswer(t, confirmed, "verified", c.zoe.UserID.String()+" is verified now")
+	must(c.olga.WaitForAnswerThat(ctx, notYet, func(a people.Answer) bool { return a.Annotation.Code == "verified" }))(t)
+	used := must(c.olga.Send(ctx, c.room, confirm))(t)
+	c.expectAnswer(t, used, "verified", "No verification is under way")
+
 	pinned := must(c.olga.Send(ctx, c.room, "!trust unverify "+c.otto.UserID.String()))(t)
 	c.expectAnswer(t, pinned, "verified", "The configuration of this bot decides about "+c.otto.UserID.String())
 
@@ -109,7 +124,7 @@ func TestOperatorVerifiesAndUnverifiesSomebody(t *testing.T) {
 	for _, expected := range []struct {
 		eventID id.EventID
 		outcome string
-	}{{verify, "done"}, {recheck, "done"}, {unverify, "done"}, {pinned, "refused"}} {
+	}{{verify, "done"}, {recheck, "done"}, {unverify, "done"}, {late, "refused"}, {confirmed, "done"}, {used, "refused"}, {pinned, "refused"}} {
 		line := lineWith(lines.Body, expected.eventID.String())
 		if !contains(line, expected.outcome) {
 			t.Errorf("the audit table does not say that %s was %s: %q", expected.eventID, expected.outcome, line)

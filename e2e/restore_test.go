@@ -2,9 +2,11 @@ package e2e
 
 import (
 	"context"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,6 +19,7 @@ import (
 	"sendertrust/e2e/botproc"
 	"sendertrust/e2e/element"
 	"sendertrust/e2e/people"
+	"sendertrust/e2e/proxy"
 )
 
 // restoreStage is a bot that has talked, and will lose what it has: alice has spoken to it, with a session of her own, and somebody looks
@@ -297,5 +300,45 @@ func TestBackupOfAnotherProgramIsLeftAlone(t *testing.T) {
 	}
 	if after := must(client.GetKeyBackupLatestVersion(ctx))(t); after.Version != before.Version || after.AuthData.PublicKey != before.AuthData.PublicKey {
 		t.Errorf("the backup was replaced by %+v", after)
+	}
+}
+
+// A bot that is given a new identity, and is killed as soon as that is published, does not go on with the backup that the former recovery
+// key opens.
+func TestBackupIsRenewedAfterACrash(t *testing.T) {
+	t.Parallel()
+	w := theWorld(t)
+	p := must(proxy.Start(w.server.URL))(t)
+	t.Cleanup(p.Close)
+	bot := w.newBot(t, func(config botproc.Config) { config["homeserver"] = botproc.Config{"address": p.URL} })
+	s := &restoreStage{world: w, bot: bot}
+	client, ctx := s.login(t), within(t, 2*patience)
+	before := must(client.GetKeyBackupLatestVersion(ctx))(t)
+	_, _, err := bot.Stop(ctx)
+	ok(t, err)
+	ok(t, bot.Reconfigure(func(config botproc.Config) {
+		config["account"].(botproc.Config)["reset_identity"], config["account"].(botproc.Config)["recovery_key"] = true, "generate"
+	}))
+	var published atomic.Bool
+	p.OnAnswer("POST v3/keys/device_signing/upload", 1, func(_ *proxy.Request, answer *proxy.Answer) bool {
+		published.Store(answer.Status == http.StatusOK)
+		return published.Load()
+	})
+	cut := p.OnRequest(proxy.Anything, 0, func(*proxy.Request) *proxy.Answer {
+		if !published.Load() {
+			return nil
+		}
+		return proxy.Page(http.StatusBadGateway)
+	})
+	ok(t, bot.Launch())
+	ok(t, cut.Wait(ctx, 1))
+	bot.Kill()
+	cut.Remove()
+	if between := must(client.GetKeyBackupLatestVersion(ctx))(t); between.Version != before.Version {
+		t.Fatal("the backup was renewed before the crash")
+	}
+	ok(t, bot.Restart(ctx))
+	if after := must(client.GetKeyBackupLatestVersion(ctx))(t); after.Version == before.Version || after.AuthData.PublicKey == before.AuthData.PublicKey {
+		t.Errorf("the bot goes on with the former backup: %+v", after)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"image/png"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -92,6 +93,33 @@ func (r *registry) notice(t *testing.T, says ...string) people.Notice {
 	return found
 }
 
+// aCode finds what confirms a verification in the bot's words.
+var aCode = regexp.MustCompile(`!trust confirm (\d{6})`)
+
+// confirm is the command that confirms the verification with somebody, as the bot has shown it last.
+func (r *registry) confirm(t *testing.T, userID id.UserID) string {
+	t.Helper()
+	command := ""
+	err := r.olga.WaitForNotices(within(t, patience), r.room, func(notices []people.Notice) bool {
+		for _, notice := range notices {
+			if found := aCode.FindString(notice.Body); found != "" && contains(notice.Body, "pp of "+userID.String()) {
+				command = found
+			}
+		}
+		return command != ""
+	})
+	if err != nil {
+		t.Fatalf("no code for %s: %v; said were %v", userID, err, r.olga.Notices(r.room))
+	}
+	return command
+}
+
+// saysTimes waits until the bot has said something that many times.
+func (r *registry) saysTimes(t *testing.T, times int, says ...string) error {
+	t.Helper()
+	return r.olga.WaitForWords(within(t, patience), times, func(body string) bool { return contains(body, says...) })
+}
+
 // order has the operator give a command, and gives the answer.
 func (r *registry) order(t *testing.T, command string, says ...string) people.Answer {
 	t.Helper()
@@ -107,7 +135,7 @@ func (r *registry) order(t *testing.T, command string, says ...string) people.An
 func (r *registry) compare(t *testing.T, verification id.VerificationTransactionID) element.Emojis {
 	t.Helper()
 	shown := must(r.alice.Emojis(within(t, patience), verification))(t)
-	notice := r.notice(t, "Does the app of "+r.alice.UserID().String(), "!trust confirm "+r.alice.UserID().String(), r.olga.UserID.String())
+	notice := r.notice(t, "Does the app of "+r.alice.UserID().String(), "!trust confirm ", r.olga.UserID.String())
 	at := 0
 	for _, name := range shown.Names {
 		next := strings.Index(strings.ToLower(notice.Body[at:]), strings.ToLower(name))
@@ -145,9 +173,7 @@ func (r *registry) expectVerified(t *testing.T, verification id.VerificationTran
 func (r *registry) expectStanding(t *testing.T) {
 	t.Helper()
 	ctx := within(t, 2*patience)
-	if verified, _, err := r.alice.VerificationStatus(ctx, r.bot.UserID); err != nil || !verified {
-		t.Errorf("Element shows the bot as verified: %v (%v)", verified, err)
-	}
+	ok(t, r.alice.WaitVerified(ctx, r.bot.UserID))
 	eventID := must(r.alice.Send(ctx, r.room, say("it is me")))(t)
 	answer := *must(r.olga.WaitForAnswer(ctx, eventID))(t)
 	if answer.Annotation.Code != "verified" || answer.Annotation.MasterKey != r.aliceKey {
@@ -250,7 +276,7 @@ func TestPersonVerifiesByEmojis(t *testing.T) {
 	ok(t, r.alice.StartSAS(ctx, verification))
 	r.compare(t, verification)
 	ok(t, r.alice.ConfirmEmojis(ctx, verification))
-	r.order(t, "!trust confirm "+r.alice.UserID().String(), r.alice.UserID().String()+" is verified now", r.olga.UserID.String())
+	r.order(t, r.confirm(t, r.alice.UserID()), r.alice.UserID().String()+" is verified now", r.olga.UserID.String())
 	r.expectVerified(t, verification)
 	if slices.ContainsFunc(r.olga.Answers(id.EventID(verification)), func(people.Answer) bool { return true }) {
 		t.Error("the request was answered like a message")
@@ -265,8 +291,10 @@ func TestOperatorHasSomebodyVerifiedByEmojis(t *testing.T) {
 	ok(t, r.alice.SetVerificationMethods(ctx, event.VerificationMethodSAS))
 	verification := r.askFor(t)
 	r.compare(t, verification)
-	r.order(t, "!trust confirm", "Now "+r.alice.UserID().String()+" has to confirm, too")
-	r.order(t, "!trust confirm", "An operator has confirmed this verification already")
+	confirm := r.confirm(t, r.alice.UserID())
+	r.order(t, "!trust confirm", "Please add the code that I have shown")
+	r.order(t, confirm, "Now "+r.alice.UserID().String()+" has to confirm, too")
+	r.order(t, confirm, "An operator has confirmed this verification already")
 	ok(t, r.alice.ConfirmEmojis(ctx, verification))
 	r.notice(t, r.alice.UserID().String()+" is verified now", r.olga.UserID.String())
 	r.expectVerified(t, verification)
@@ -278,11 +306,11 @@ func TestPersonVerifiesByQRCode(t *testing.T) {
 	ctx := within(t, 3*patience)
 	verification := r.request(t)
 	ok(t, r.alice.ScanQRCode(ctx, verification, r.scan(t)))
-	r.notice(t, "says that it has scanned my code", "!trust confirm "+r.alice.UserID().String())
+	r.notice(t, "says that it has scanned my code", "!trust confirm ")
 	if verified, _, err := r.alice.VerificationStatus(ctx, r.bot.UserID); err != nil || verified {
 		t.Errorf("Element shows the bot as verified before an operator has confirmed: %v (%v)", verified, err)
 	}
-	r.order(t, "!trust confirm", r.alice.UserID().String()+" is verified now")
+	r.order(t, r.confirm(t, r.alice.UserID()), r.alice.UserID().String()+" is verified now")
 	r.expectVerified(t, verification)
 }
 
@@ -293,7 +321,7 @@ func TestOperatorHasSomebodyVerifiedByQRCode(t *testing.T) {
 	verification := r.askFor(t)
 	ok(t, r.alice.ScanQRCode(ctx, verification, r.scan(t)))
 	r.notice(t, "says that it has scanned my code")
-	r.order(t, "!trust confirm "+r.alice.UserID().String(), r.alice.UserID().String()+" is verified now")
+	r.order(t, r.confirm(t, r.alice.UserID()), r.alice.UserID().String()+" is verified now")
 	r.expectVerified(t, verification)
 }
 
@@ -308,7 +336,7 @@ func TestVerificationBetweenDevices(t *testing.T) {
 	ok(t, r.alice.StartSAS(ctx, verification))
 	r.compare(t, verification)
 	ok(t, r.alice.ConfirmEmojis(ctx, verification))
-	r.order(t, "!trust confirm", r.alice.UserID().String()+" is verified now")
+	r.order(t, r.confirm(t, r.alice.UserID()), r.alice.UserID().String()+" is verified now")
 	r.expectVerified(t, verification)
 }
 

@@ -323,6 +323,13 @@ const methods = {
         return { verified: status.isCrossSigningVerified(), was_verified: status.wasCrossSigningVerified() };
     },
 
+    async waitVerified({ user, timeout_ms }) {
+        const verified = async () => (await crypto().getUserVerificationStatus(user)).isCrossSigningVerified();
+        await queryIdentity(user);
+        await until(verified, timeout_ms, `${user} is verified`);
+        return {};
+    },
+
     async login({ homeserver, user, password, timeout_ms }) {
         if (client) throw new Error("one process is one device: it is logged in already");
         const session = await sdk.createClient({ baseUrl: homeserver, logger }).loginRequest({

@@ -105,6 +105,11 @@ func (c *Client) VerificationStatus(ctx context.Context, user id.UserID) (verifi
 	return result.Verified, result.WasVerified, err
 }
 
+// WaitVerified waits until the client shows a user as verified. It notes its own signature some time after a verification is done.
+func (c *Client) WaitVerified(ctx context.Context, user id.UserID) error {
+	return c.call(ctx, "waitVerified", params{"user": user}, nil)
+}
+
 // SetVerificationMethods says what the client can do in verifications from now on. By default it can do everything.
 func (c *Client) SetVerificationMethods(ctx context.Context, methods ...event.VerificationMethod) error {
 	return c.call(ctx, "setVerificationMethods", params{"methods": methods}, nil)

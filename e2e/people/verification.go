@@ -222,19 +222,20 @@ func (p *Person) SendEncryptedReaction(ctx context.Context, roomID id.RoomID, to
 	})
 }
 
-// WaitFor waits until anything that a bot says, as a notice or as an answer, is as the caller wants it.
-func (p *Person) WaitFor(ctx context.Context, wanted func(body string) bool) error {
+// WaitForWords waits until as many of a bot's messages, notices and answers, are as the caller wants them.
+func (p *Person) WaitForWords(ctx context.Context, times int, wanted func(body string) bool) error {
 	return p.wait(ctx, "words of a bot", func(s *seen) bool {
+		found := 0
 		for _, notice := range s.notices {
 			if wanted(notice.Body) {
-				return true
+				found++
 			}
 		}
 		for _, answer := range s.answer {
 			if wanted(answer.Body) {
-				return true
+				found++
 			}
 		}
-		return false
+		return found >= times
 	})
 }

@@ -93,7 +93,7 @@ func (c *cast) verification(ctx context.Context) error {
 		func() error { return shown.click(ctx, button, match) },
 		func() error { return shown.see(ctx, "Waiting for other side to complete") },
 		func() error {
-			_, err := c.bob.Send(ctx, c.room, "!trust confirm "+c.alice.UserID.String())
+			_, err := c.bob.Send(ctx, c.room, "!trust confirm "+c.code())
 			return err
 		},
 		func() error { return shown.see(ctx, "Verification successful!") },
@@ -152,6 +152,17 @@ func (c *cast) talk(ctx context.Context, speaker *people.Person, text string) er
 	}
 	_, err = speaker.WaitForAnswer(ctx, eventID)
 	return err
+}
+
+// code is what confirms the verification: Bob has heard it.
+func (c *cast) code() string {
+	for _, notice := range c.bob.Notices(c.room) {
+		if _, after, found := strings.Cut(notice.Body, "!trust confirm "); found {
+			code, _, _ := strings.Cut(after, " ")
+			return code
+		}
+	}
+	return ""
 }
 
 // hear waits until the bot has told Bob something about the verification. It has told Alice before.
