@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix/event"
@@ -70,6 +71,12 @@ func (b *Bot) messageMeant(ctx context.Context, o *order) (evt *event.Event, bad
 	return evt, nil
 }
 
+// about says which message is meant. What a command replies to is not encrypted: a server could have another message explained, and proven, than
+// the one that somebody has chosen.
+func (s speech) about(evt *event.Event) remark {
+	return remark(s.phrase("explain.about", vars{"Name": showUser(evt.Sender), "Time": moment(time.UnixMilli(evt.Timestamp)), "Event": showName(evt.ID.String())}))
+}
+
 // isRedacted says that somebody has taken the content of an event away.
 func isRedacted(evt *event.Event) bool {
 	return evt.Unsigned.RedactedBecause != nil || len(evt.Content.Raw) == 0
@@ -108,7 +115,7 @@ const mostClaims = 5
 // proofInWords is the answer: what was said of the message, the steps that lead there, and what to do. Of so many claims it tells.
 func (b *Bot) proofInWords(ctx context.Context, s speech, evt *event.Event, found *cryptohook.Examination, claims int, details bool) words {
 	said := s.explain(found.Verdict, evt.Sender)
-	p := page{text{sign: said.sign, headline: said.headline, known: said.known}}
+	p := page{text{sign: said.sign, headline: said.headline, known: said.known}, s.about(evt)}
 	if wasEdited(evt) {
 		p = append(p, remark(s.phrase("explain.edited", nil)))
 		p = append(p, b.editsInWords(ctx, s, evt, found.Verdict)...)

@@ -47,8 +47,10 @@ func (b *Bot) proveMessage(ctx context.Context, o *order, prove prover, ownKey i
 	return response{
 		words: page{
 			o.speech.text(signPlain, "proof.made", vars{"Name": showUser(evt.Sender)}),
+			o.speech.about(evt),
 			points{above: o.speech.phrase("proof.contents", nil), items: []string{
-				o.speech.phrase("proof.shows", nil), o.speech.phrase("proof.does_not_show", nil), o.speech.phrase("proof.as_of", nil),
+				o.speech.phrase("proof.shows", nil), o.speech.phrase("proof.does_not_show", nil), o.speech.phrase("proof.my_word", nil),
+				o.speech.phrase("proof.as_of", nil),
 			}},
 			remark(o.speech.phrase("proof.how", nil)),
 			codeLine(`sendertrust --verify-proof ` + name + ` --master-key "` + ownKey.String() + `"`),

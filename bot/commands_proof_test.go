@@ -33,6 +33,24 @@ func TestProofIsAFileWithTheCommandThatChecksIt(t *testing.T) {
 	}
 }
 
+// What a command replies to is the server's word, so the answer has to say which message it is about.
+func TestAnswersNameTheMessageThatTheyAreAbout(t *testing.T) {
+	a := newAskedBot(t)
+	a.events["$message"] = message("@bob:example.com")
+	knows := &knowing{found: provenBy(cryptohook.CodeVerified, cryptohook.StateSenderVerified, "verified"), proof: []byte("{}")}
+	for _, language := range Languages {
+		for name, r := range map[string]response{
+			"explain": a.explainMessage(t.Context(), a.asked(language, "explain", "$message"), knows),
+			"proof":   a.proveMessage(t.Context(), a.asked(language, "proof", "$message"), knows.prove, masterKeyA),
+		} {
+			above, _, _ := strings.Cut(r.words.plain(), "$message")
+			if lines := strings.Count(above, "\n"); above == r.words.plain() || lines > 3 || !strings.Contains(above, "2023-11-14 22:13 UTC") {
+				t.Errorf("%s, %s: %s", language, name, r.words.plain())
+			}
+		}
+	}
+}
+
 func TestProofFileNamesAreFitForFiles(t *testing.T) {
 	for eventID, want := range map[id.EventID]string{
 		"$abcdefghij": "sendertrust-proof-abcdefgh.json", "$old:example.org": "sendertrust-proof-oldexamp.json", "$../../etc/passwd": "sendertrust-proof-etcpassw.json",

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"go.mau.fi/util/exsync"
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/crypto/verificationhelper"
 	"maunium.net/go/mautrix/event"
@@ -43,8 +44,11 @@ type verifications struct {
 	open map[id.VerificationTransactionID]*dialogue
 	// thoughts are what operators have to say again, by the code for it.
 	thoughts map[string]*secondThought
-	// requests are when each person's last requests came.
-	requests map[id.UserID][]time.Time
+	// known are the transactions in open, for those who do not hold mu.
+	known *exsync.Set[id.VerificationTransactionID]
+	// requests are when each person's last requests came, betweenDevices when all did that came between devices.
+	requests       map[id.UserID][]time.Time
+	betweenDevices []time.Time
 	// cached gives the master key that mautrix holds for somebody: the one that the helper would sign.
 	cached func(ctx context.Context, userID id.UserID) (id.Ed25519, error)
 	// handed is the type of the event that the helper is at.
@@ -75,6 +79,9 @@ const (
 	// requestsAtMost is how many requests of one person are looked at within requestPeriod.
 	requestsAtMost = 10
 	requestPeriod  = time.Hour
+	// betweenDevicesAtMost is how many requests between devices are looked at within requestPeriod, of everybody together: anybody who knows
+	// the bot's name can send one, in the name of as many accounts as a homeserver likes to make.
+	betweenDevicesAtMost = 100
 	// requestEarly is how far in the future a request may have been sent: servers' clocks differ.
 	requestEarly = 5 * time.Minute
 	// arrivedAtMost is how many events between devices may wait.
@@ -94,7 +101,7 @@ func (b *Bot) newVerifications(hook trust) *verifications {
 	return &verifications{
 		log: b.log.With().Str("component", "verification").Logger(), clock: b.clock, bot: b, trust: hook,
 		store: verificationhelper.NewInMemoryVerificationStore(), router: mautrix.NewDefaultSyncer(),
-		arrived: make(chan *event.Event, arrivedAtMost),
+		arrived: make(chan *event.Event, arrivedAtMost), known: exsync.NewSet[id.VerificationTransactionID](),
 		open:    make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time), thoughts: make(map[string]*secondThought),
 	}
 }

@@ -113,6 +113,7 @@ func (v *verifications) begin(ctx context.Context, d *dialogue, txn verification
 	}
 	d.operatorRoom = v.roomOfOperators(ctx, d)
 	v.open[d.txnID] = d
+	v.known.Add(d.txnID)
 	txn.TransactionID, txn.TheirUserID, txn.TheirDeviceID = d.txnID, d.userID, d.deviceID
 	if d.inRoom {
 		txn.RoomID = d.roomID
@@ -125,6 +126,7 @@ func (v *verifications) begin(ctx context.Context, d *dialogue, txn verification
 // close forgets a dialogue.
 func (v *verifications) close(ctx context.Context, d *dialogue) {
 	delete(v.open, d.txnID)
+	v.known.Remove(d.txnID)
 	if err := v.store.DeleteVerification(ctx, d.txnID); err != nil && !errors.Is(err, verificationhelper.ErrUnknownVerificationTransaction) {
 		v.log.Err(err).Msg("Failed to forget a verification")
 	}

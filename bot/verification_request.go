@@ -56,8 +56,11 @@ func (v *verifications) onMessage(ctx context.Context, evt *event.Event) {
 	})
 }
 
-// onToDevice notes an event between devices: the sync does not wait for what comes of it.
+// onToDevice notes an event between devices: the sync does not wait for what comes of it. Those of no verification that is open are nobody's.
 func (v *verifications) onToDevice(ctx context.Context, evt *event.Event) {
+	if evt.Type.Type != event.ToDeviceVerificationRequest.Type && !v.known.Has(transactionOf(evt, false)) {
+		return
+	}
 	select {
 	case v.arrived <- evt:
 	default:
@@ -100,7 +103,7 @@ func (v *verifications) take(ctx context.Context, r *request) {
 	}
 	if !v.mayRequest(r) {
 		v.bot.metrics.reached(limitVerifications)
-		log.Info().Msg("Ignoring a request to verify: there were too many of that person")
+		log.Info().Msg("Ignoring a request to verify: there were too many")
 		return
 	}
 	d, refusal, err := v.consider(ctx, r)
@@ -141,9 +144,16 @@ func (v *verifications) isRepeat(ctx context.Context, r *request) bool {
 	return had || err != nil
 }
 
-// mayRequest counts the requests of a person.
+// mayRequest counts the requests of a person, and those between devices.
 func (v *verifications) mayRequest(r *request) bool {
 	now := v.clock()
+	if r.roomID == "" {
+		v.betweenDevices = within(v.betweenDevices, now, requestPeriod)
+		if len(v.betweenDevices) >= betweenDevicesAtMost {
+			return false
+		}
+		v.betweenDevices = append(v.betweenDevices, now)
+	}
 	for userID, times := range v.requests {
 		if times = within(times, now, requestPeriod); len(times) == 0 {
 			delete(v.requests, userID)

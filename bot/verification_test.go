@@ -317,6 +317,32 @@ func TestVerificationsAreLimited(t *testing.T) {
 	}
 }
 
+// Who knows the bot's name can send it events between devices, under any name that a homeserver makes up.
+func TestEventsBetweenDevicesAreLimited(t *testing.T) {
+	d := newTestDesk(t)
+	between := func(r *request) { r.roomID = "" }
+	for i := range betweenDevicesAtMost {
+		d.request(id.NewUserID(fmt.Sprintf("guest%d", i), "example.org"), id.VerificationTransactionID(fmt.Sprintf("m%d", i)), between)
+	}
+	d.person("@alice:example.org")
+	if said := saidAll(d.request("@alice:example.org", "one-more", between)); said != "" {
+		t.Errorf("one request too many was answered: %s", said)
+	}
+	if said := saidAll(d.request("@alice:example.org", "$one")); !strings.Contains(said, "are about to verify each other") {
+		t.Errorf("a request in a room was answered: %s", said)
+	}
+	for txnID, waits := range map[string]int{"$one": 1, "of nobody": 0, "": 0} {
+		evt := &event.Event{Sender: "@eve:example.org", Type: event.ToDeviceVerificationCancel, Content: event.Content{Raw: map[string]any{"transaction_id": txnID}}}
+		d.v.onToDevice(t.Context(), evt)
+		if len(d.v.arrived) != waits {
+			t.Errorf("%d events of the transaction %q wait", len(d.v.arrived), txnID)
+		}
+		for len(d.v.arrived) > 0 {
+			<-d.v.arrived
+		}
+	}
+}
+
 func TestOperatorsDecideInEveryStage(t *testing.T) {
 	d := newTestDesk(t)
 	d.person("@alice:example.org")
