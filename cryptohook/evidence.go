@@ -154,12 +154,22 @@ const (
 // putSignature notes a device, and a signature on it that was checked if there is one, with the device keys object that it is in. It says
 // whether anything of the signature is new.
 func (s *store) putSignature(ctx context.Context, proof signature, object json.RawMessage) (added bool, err error) {
-	if _, err = s.Exec(ctx, insertSenderQuery, proof.userID, proof.senderKey, proof.signingKey); err != nil {
-		return false, fmt.Errorf("failed to store whose device it is: %w", err)
+	if err = s.putSender(ctx, proof.userID, proof.senderKey, proof.signingKey); err != nil || proof.selfSigningKey == "" {
+		return false, err
 	}
-	if proof.selfSigningKey == "" {
-		return false, nil
+	return s.addSignature(ctx, proof, object)
+}
+
+// putSender notes a device.
+func (s *store) putSender(ctx context.Context, userID id.UserID, senderKey id.SenderKey, signingKey id.Ed25519) error {
+	if _, err := s.Exec(ctx, insertSenderQuery, userID, senderKey, signingKey); err != nil {
+		return fmt.Errorf("failed to store whose device it is: %w", err)
 	}
+	return nil
+}
+
+// addSignature is putSignature for a device that is noted.
+func (s *store) addSignature(ctx context.Context, proof signature, object json.RawMessage) (added bool, err error) {
 	result, err := s.Exec(ctx, insertSignatureQuery, proof.userID, proof.senderKey, proof.signingKey, proof.selfSigningKey, asKept(object))
 	if err != nil {
 		return false, fmt.Errorf("failed to store a signature: %w", err)
@@ -194,10 +204,13 @@ func (s *store) signatures(ctx context.Context, userID id.UserID) (map[signature
 	return seen, nil
 }
 
-// noteSigners notes who has signed the device of a claim, and says whether any of it is news.
+// noteSigners notes the device of a claim and who has signed it, and says whether any of the signatures is news.
 func (s *store) noteSigners(ctx context.Context, claim *SenderData) (news bool, err error) {
+	if err = s.putSender(ctx, claim.Sender, claim.SenderKey, claim.SigningKey); err != nil {
+		return false, err
+	}
 	for _, signer := range claim.signers {
-		added, err := s.putSignature(ctx, signature{claim.Sender, claim.SenderKey, claim.SigningKey, signer.key}, signer.object)
+		added, err := s.addSignature(ctx, signature{claim.Sender, claim.SenderKey, claim.SigningKey, signer.key}, signer.object)
 		if err != nil {
 			return news, err
 		}

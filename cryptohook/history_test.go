@@ -538,8 +538,9 @@ func (h *history) deliver(keys ...roomKey) {
 
 // deliverAfter has keys come by one /sync, and something happen before it is stored. A key counts from when it is stored.
 func (h *history) deliverAfter(happen func(), keys ...roomKey) {
+	together := newReceiving(h.hook)
 	for _, key := range keys {
-		h.receive(key)
+		h.receive(key, together)
 	}
 	happen()
 	for _, key := range keys {
@@ -550,7 +551,7 @@ func (h *history) deliverAfter(happen func(), keys ...roomKey) {
 	h.hook.tellCommitted()
 }
 
-func (h *history) receive(key roomKey) {
+func (h *history) receive(key roomKey, together *receiving) {
 	p := h.cast.users[key.from.user]
 	device, session := p.devices[key.from.device], h.cast.sessions[key.session]
 	olmEvent := &crypto.DecryptedOlmEvent{
@@ -561,7 +562,7 @@ func (h *history) receive(key roomKey) {
 		olmEvent.SenderDeviceKeys = new(mautrix.DeviceKeys)
 		h.check(json.Unmarshal(rawJSON(p.deviceKeys(key.from.device, *key.embedded)), olmEvent.SenderDeviceKeys))
 	}
-	h.check(h.hook.receiveRoomKey(withReceiving(h.ctx), olmEvent))
+	h.check(h.hook.receiveRoomKey(withReceiving(h.ctx), olmEvent, together))
 }
 
 // imported has a session come in another way than from the device that made it.

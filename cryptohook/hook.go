@@ -87,8 +87,9 @@ type Hook struct {
 	questions keyQuestions
 	own       ownWatch
 	counters  counters
-	// judgedPending is written in the unit of work's transactions only.
+	// judgedPending and noted are written in the unit of work's transactions only.
 	judgedPending pendingJudged
+	noted         notedSigners
 	// background are goroutines that answer other devices' requests.
 	background sync.WaitGroup
 	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.
@@ -148,6 +149,9 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 	}
 	if options.DB == nil || len(options.PickleKey) == 0 {
 		return nil, errors.New("cryptohook: Options.DB and Options.PickleKey are required")
+	}
+	if err = options.Requirement.check(); err != nil {
+		return nil, err
 	}
 	if options.KeyWait == 0 {
 		options.KeyWait = defaultKeyWait
@@ -238,7 +242,7 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 	}
 	h.uow = newUnitOfWork(cryptoStore)
 	h.uow.transaction = h.store.write
-	h.uow.putOther, h.uow.stored = h.storeOther, h.keyStored
+	h.uow.putOther, h.uow.stored, h.uow.undone = h.storeOther, h.keyStored, h.forgetTransaction
 	return stateStore, nil
 }
 

@@ -49,7 +49,7 @@ var (
 
 // receiveEncrypted decrypts one m.room.encrypted to-device event within the unit of work. It returns what was in it if that is
 // neither a room key nor handled by mautrix. The error is one of the store's.
-func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.Event, error) {
+func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event, r *receiving) (*event.Event, error) {
 	if size := len(evt.Content.VeryRaw); size > h.options.Limits.ToDeviceBytes {
 		h.counters.reach(LimitToDevice)
 		zerolog.Ctx(ctx).Warn().Int("bytes", size).Msg("Ignoring an encrypted to-device event that is larger than any key")
@@ -73,7 +73,7 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event) (*event.E
 	ctx, receiving = log.WithContext(ctx), log.WithContext(receiving)
 	switch decrypted.Type.Type {
 	case event.ToDeviceRoomKey.Type:
-		return nil, h.receiveRoomKey(receiving, decrypted)
+		return nil, h.receiveRoomKey(receiving, decrypted, r)
 	case event.ToDeviceForwardedRoomKey.Type:
 		return nil, h.receiveForwarded(receiving, decrypted)
 	case bundleType, unstableBundleType:
@@ -104,7 +104,7 @@ func (h *Hook) handleEncrypted(ctx context.Context, evt *event.Event) (decrypted
 
 // receiveRoomKey stores the Megolm session of an m.room_key together with who sent it. It does what mautrix's receiveRoomKey
 // does, and derives the sender by the steps A–J on the way.
-func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent) error {
+func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent, r *receiving) error {
 	faultpoint.Reach("decrypted")
 	log := zerolog.Ctx(ctx)
 	session, content, err := h.parseRoomKey(ctx, olmEvent)
@@ -117,7 +117,7 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 
 	guard := h.sessions.TryLock(session.ID())
 	known := h.knowledge()
-	sender, err := h.deriveSender(ctx, session, olmEvent, guard != nil)
+	sender, err := h.deriveSender(ctx, session, olmEvent, guard != nil, r)
 	if err != nil {
 		guard.Unlock()
 		return err
@@ -154,7 +154,7 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 	h.uow.stage(func(ctx context.Context) (err error) {
 		// The sender's keys may have come since: what they changed does not know this session yet.
 		if known.outdated(h) {
-			if sender, err = h.deriveSender(ctx, session, olmEvent, guard != nil); err != nil {
+			if sender, err = h.deriveSender(ctx, session, olmEvent, guard != nil, nil); err != nil {
 				return err
 			}
 		}
@@ -216,41 +216,56 @@ func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent)
 	return maxAge, min(maxMessages, math.MaxInt32) // more does not fit into mautrix's column
 }
 
-// deriveSender walks the steps without the network. The session's guard is for what needs the network: without it, that is left to
-// whoever has it, and to the resolver after it. The steps are walked all the same, for what is known now may not be known any more
-// then: somebody else who claims the session must not keep its owner from being proven.
-func (h *Hook) deriveSender(ctx context.Context, session *crypto.InboundGroupSession, olmEvent *crypto.DecryptedOlmEvent, guarded bool) (*SenderData, error) {
+// deriveSender walks the steps without the network, or takes the walk of a key of the same batch that was sent by the same device in the same
+// way. The session's guard is for what needs the network: without it, that is left to whoever has it, and to the resolver after it. The steps
+// are walked all the same, for what is known now may not be known any more then: somebody else who claims the session must not keep its
+// owner from being proven.
+func (h *Hook) deriveSender(
+	ctx context.Context, session *crypto.InboundGroupSession, olmEvent *crypto.DecryptedOlmEvent, guarded bool, r *receiving,
+) (*SenderData, error) {
 	now := h.clock()
-	d := derivation{
-		caches: h.store,
-		anchor: h.anchor(),
-		now:    now,
-		data: SenderData{
-			SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
-			Sender: olmEvent.Sender, Source: SourceDirect, ReceivedAt: now, UpdatedAt: now,
-			Embedded: sql.NullBool{Bool: olmEvent.SenderDeviceKeys != nil, Valid: true},
-		},
+	claim := SenderData{
+		SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
+		Sender: olmEvent.Sender, Source: SourceDirect, ReceivedAt: now, UpdatedAt: now,
+		Embedded: sql.NullBool{Bool: olmEvent.SenderDeviceKeys != nil, Valid: true},
 	}
+	var embedded json.RawMessage
 	if olmEvent.SenderDeviceKeys != nil {
-		embedded, err := json.Marshal(olmEvent.SenderDeviceKeys)
-		if err != nil {
+		var err error
+		if embedded, err = json.Marshal(olmEvent.SenderDeviceKeys); err != nil {
 			return nil, fmt.Errorf("failed to marshal sender_device_keys: %w", err)
 		}
-		d.embedded = embedded
 	}
-	var err error
-	if d.current, err = h.store.deviceListCurrent(ctx, olmEvent.Sender); err != nil {
-		return nil, err
+	key := senderOfWalk{olmEvent.Sender, walkKey{session.SenderKey, session.SigningKey, string(embedded)}}
+	walk := r.walkOf(key)
+	if walk == nil {
+		var err error
+		if walk, err = h.walk(ctx, claim, embedded); err != nil {
+			return nil, err
+		}
+		r.keep(key, walk)
 	}
-	derived, err := d.derive(ctx)
-	if err == nil {
-		d.noteSigners()
-	}
-	if err == nil && !guarded && !derived.NextRetry.IsZero() {
+	walk.now = now
+	derived := walk.conclude(&claim)
+	if !guarded && !derived.NextRetry.IsZero() {
 		// Who has the guard is about to look; so is the resolver after it.
 		derived.RetryCount, derived.NextRetry = 0, now
 	}
-	return derived, err
+	return derived, nil
+}
+
+// walk walks the steps for a claim that came with those device keys, if any.
+func (h *Hook) walk(ctx context.Context, claim SenderData, embedded json.RawMessage) (*derivation, error) {
+	walk := &derivation{caches: h.store, anchor: h.anchor(), now: claim.ReceivedAt, embedded: embedded, data: claim}
+	var err error
+	if walk.current, err = h.store.deviceListCurrent(ctx, claim.Sender); err != nil {
+		return nil, err
+	}
+	if _, err = walk.derive(ctx); err != nil {
+		return nil, err
+	}
+	walk.noteSigners()
+	return walk, nil
 }
 
 // holderOf gives who holds the session ID now: in what is staged, or in the database.
@@ -304,7 +319,7 @@ func connected(a, b *crypto.InboundGroupSession) bool {
 // mergeClaim stores what a key that has just been stored says. If the session was rejected, and this does not undo it, the key is
 // taken away again.
 func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
-	news, err := h.store.noteSigners(ctx, arrived)
+	news, err := h.noteSigners(ctx, arrived)
 	if err != nil {
 		return err
 	}

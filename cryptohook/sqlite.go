@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"net/url"
 	"os"
+	"strings"
 	"sync/atomic"
 
 	"github.com/mattn/go-sqlite3"
@@ -46,9 +47,25 @@ func OpenSQLite(options SQLiteOptions) (*dbutil.Database, error) {
 		return nil, err
 	}
 	defer opened.Close()
-	pool := &sqlitePool{driver: opened.Driver(), uri: uri, file: options.File}
+	pool := &sqlitePool{driver: opened.Driver(), uri: withStatementCache(uri), file: options.File}
 	pool.trouble.log = options.Log
 	return dbutil.NewWithDB(sql.OpenDB(pool), dbutil.SQLite.String())
+}
+
+// cachedStatements is how many prepared statements a connection keeps, those that were used last: more than the hook, mautrix and the bot have.
+const cachedStatements = 256
+
+// withStatementCache has the driver keep prepared statements, unless the URI says how many: most take longer to prepare than to run.
+func withStatementCache(uri string) string {
+	const parameter = "_stmt_cache_size"
+	if strings.Contains(uri, parameter) {
+		return uri
+	}
+	separator := "?"
+	if strings.Contains(uri, "?") {
+		separator = "&"
+	}
+	return fmt.Sprint(uri, separator, parameter, "=", cachedStatements)
 }
 
 // sqlitePool makes the connections of one database. It is its own driver, by which it is found.

@@ -184,8 +184,8 @@ func (s *store) upsertClaims(ctx context.Context, claims []*SenderData) error {
 	return nil
 }
 
-// mergeClaim stores what a key that has just arrived says, unless more is known already. It returns what is stored now. Who has signed the
-// device is noted by the caller: see noteSigners.
+// mergeClaim stores what a key that has just arrived says, unless more is known already. It returns what is stored now. The device, and who has
+// signed it, are noted by the caller before: see noteSigners.
 func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderData, error) {
 	stored, err := s.claim(ctx, arrived.SessionID, arrived.SenderKey)
 	if err != nil {
@@ -201,9 +201,6 @@ func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderDat
 			return nil, fmt.Errorf("failed to replace sender data: %w", err)
 		}
 		merged.ReceivedAt = stored.ReceivedAt
-	}
-	if _, err = s.putSignature(ctx, signature{userID: merged.Sender, senderKey: merged.SenderKey, signingKey: merged.SigningKey}, nil); err != nil {
-		return nil, err
 	}
 	return merged, s.upsertClaims(ctx, []*SenderData{merged})
 }

@@ -20,7 +20,7 @@ var everyQuery = map[string]string{
 	"getHoldersRoomQuery": getHoldersRoomQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
 	"getNextRetryQuery": getNextRetryQuery, "insertSenderQuery": insertSenderQuery, "upsertClaimQuery": upsertClaimQuery, "deleteClaimQuery": deleteClaimQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
 	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
-	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery,
+	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery, "getWithdrawnQuery": getWithdrawnQuery,
 	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getSignaturesQuery": getSignaturesQuery,
 	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
 	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,
@@ -165,6 +165,9 @@ func TestMergedClaimKeepsTheTimeOfTheFirst(t *testing.T) {
 	first := &SenderData{SessionID: "s", SenderKey: "k", State: StateUnknownDevice, Source: SourceDirect, ReceivedAt: time.UnixMilli(1)}
 	second := &SenderData{SessionID: "s", SenderKey: "k", State: StateSenderUnverified, Source: SourceDirect, ReceivedAt: time.UnixMilli(9)}
 	for _, arrived := range []*SenderData{first, second} {
+		if _, err := s.noteSigners(ctx, arrived); err != nil {
+			t.Fatal(err)
+		}
 		if _, err := s.mergeClaim(ctx, arrived); err != nil {
 			t.Fatal(err)
 		}

@@ -174,6 +174,7 @@ func withoutNulls(events []*event.Event) []*event.Event {
 // returns what has to wait until the unit of work is durable, since it may send something.
 func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed []*event.Event, err error) {
 	var left []*event.Event
+	receiving := newReceiving(h)
 	for _, evt := range resp.ToDevice.Events {
 		log := h.log.With().Stringer("sender", evt.Sender).Str("to_device_type", evt.Type.Type).Logger()
 		ctx := log.WithContext(ctx)
@@ -188,7 +189,7 @@ func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed [
 		}
 		switch content := evt.Content.Parsed.(type) {
 		case *event.EncryptedEventContent:
-			passedOn, err := h.receiveEncrypted(ctx, evt)
+			passedOn, err := h.receiveEncrypted(ctx, evt, receiving)
 			if err != nil {
 				return nil, h.uow.breakWith(err)
 			}

@@ -45,6 +45,8 @@ type unitOfWork struct {
 	putOther func(ctx context.Context, session *crypto.InboundGroupSession) error
 	// stored is part of storing a Megolm session: events may wait for its key.
 	stored func(ctx context.Context, sessionID id.SessionID) error
+	// undone is called when a part of a transaction was rolled back, and the rest goes on.
+	undone func()
 	// fault, if set, is called between the writes of a flush. Tests stop the world there.
 	fault func(at string) error
 
@@ -112,6 +114,7 @@ func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 		transaction: func(ctx context.Context, fn func(ctx context.Context) error) error {
 			return store.DB.DoTxn(ctx, nil, fn)
 		},
+		undone:    func() {},
 		olm:       make(map[id.SenderKey][]*olmRecord),
 		byPointer: make(map[*crypto.OlmSession]*olmRecord),
 	}
@@ -229,6 +232,7 @@ func (u *unitOfWork) leaveOutRefused(ctx context.Context, w write) error {
 	if isRefused(refused) {
 		zerolog.Ctx(ctx).Err(refused).Msg("The database refuses something that a stranger has sent; going on without it")
 		end, refused = "ROLLBACK TO SAVEPOINT one_write", nil
+		u.undone()
 	}
 	if refused != nil {
 		return refused

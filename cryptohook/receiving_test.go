@@ -1,0 +1,152 @@
+package cryptohook
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/event"
+)
+
+// arriving is a room key as mautrix hands it to the hook, with the device's own keys in it.
+func arriving(t *testing.T, from *actorDevice, s *megolm) *crypto.DecryptedOlmEvent {
+	t.Helper()
+	return &crypto.DecryptedOlmEvent{
+		Sender: from.owner.userID, SenderKey: from.senderKey(), Keys: crypto.OlmEventKeys{Ed25519: from.signingKey()},
+		Type: event.ToDeviceRoomKey, Content: event.Content{VeryRaw: rawJSON(s.roomKey())},
+	}
+}
+
+// What the keys of one device have in common is worked out once, and gives each the same as if it had come alone.
+func TestKeysOfOneDeviceShareAWalk(t *testing.T) {
+	w, alice, bob := twoPeople(t)
+	var sessions []*megolm
+	together := newReceiving(w.hook)
+	for _, from := range []*actorDevice{alice, bob, alice, alice} {
+		s := newMegolm(trustRoom)
+		sessions = append(sessions, s)
+		if err := w.hook.receiveRoomKey(withReceiving(t.Context()), arriving(t, from, s), together); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(together.walks) != 2 {
+		t.Errorf("%d walks for 4 keys of 2 devices", len(together.walks))
+	}
+	if err := w.hook.commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	alone := newMegolm(trustRoom)
+	w.sync(syncPart{toDevice: []object{w.share(alice, alone)}})
+	want := w.row(alone, alice)
+	for _, i := range []int{0, 2, 3} {
+		row := w.row(sessions[i], alice)
+		if row.State != want.State || row.DeviceID != want.DeviceID || row.MasterKey != want.MasterKey || row.State != StateSenderUnverified {
+			t.Errorf("key %d: %+v, alone: %+v", i, row, want)
+		}
+	}
+}
+
+// What was worked out is not used any more once something was learnt that may change it.
+func TestWalkIsNotSharedBeyondWhatWasLearnt(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	together := newReceiving(w.hook)
+	receive := func(s *megolm) {
+		t.Helper()
+		if err := w.hook.receiveRoomKey(withReceiving(t.Context()), arriving(t, alice, s), together); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before, after := newMegolm(trustRoom), newMegolm(trustRoom)
+	receive(before)
+	walks := len(together.walks)
+	w.hook.learntInPassing()
+	together.walkOf(senderOfWalk{})
+	if walks != 1 || len(together.walks) != 0 {
+		t.Errorf("%d walks before something was learnt, and %d after it", walks, len(together.walks))
+	}
+	receive(after)
+	w.hook.learning.Add(1) // something is being learnt just now
+	together.walkOf(senderOfWalk{})
+	if len(together.walks) != 0 {
+		t.Errorf("%d walks while something is being learnt", len(together.walks))
+	}
+	w.hook.learnt.Add(1)
+}
+
+// A device and its signatures are noted once in a transaction, and again in the next one if that came to nothing.
+func TestSignersAreNotedAgainAfterARollback(t *testing.T) {
+	w := newTrustWorld(t)
+	h := w.hook
+	claim := &SenderData{
+		SessionID: "s", Sender: "@alice:test", SenderKey: "k", SigningKey: "e", State: StateDeviceInfo, Source: SourceDirect,
+		signers: []signer{{key: "S", object: []byte(`{"a":1}`)}},
+	}
+	rolledBack := errors.New("rolled back")
+	note := func(ctx context.Context, want bool) {
+		t.Helper()
+		if news, err := h.noteSigners(ctx, claim); err != nil || news != want {
+			t.Errorf("news: %v, want %v (%v)", news, want, err)
+		}
+	}
+	err := h.store.write(t.Context(), func(ctx context.Context) error {
+		note(ctx, true)
+		note(ctx, false)
+		return rolledBack
+	})
+	if !errors.Is(err, rolledBack) {
+		t.Fatal(err)
+	}
+	if err = h.store.write(t.Context(), func(ctx context.Context) error {
+		if _, err := h.store.Exec(ctx, "SAVEPOINT one"); err != nil {
+			return err
+		}
+		note(ctx, true)
+		if _, err := h.store.Exec(ctx, "ROLLBACK TO SAVEPOINT one"); err != nil {
+			return err
+		}
+		h.forgetTransaction()
+		note(ctx, true)
+		_, err := h.store.mergeClaim(ctx, claim)
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if signers := must(h.store.signers(t.Context(), "@alice:test", "k", "e")); len(signers) != 1 {
+		t.Errorf("noted are %v", signers)
+	}
+}
+
+// Whatever is noted of a claim is part of what tells claims apart.
+func TestDigestOfSignersTellsThemApart(t *testing.T) {
+	base := func() *SenderData {
+		return &SenderData{Sender: "@a:test", SenderKey: "k", SigningKey: "e", signers: []signer{{"S", []byte("o")}}}
+	}
+	seen := map[[32]byte]string{digestOfSigners(base()): "base"}
+	for name, change := range map[string]func(claim *SenderData){
+		"user": func(claim *SenderData) { claim.Sender = "@b:test" }, "sender key": func(claim *SenderData) { claim.SenderKey = "l" },
+		"signing key": func(claim *SenderData) { claim.SigningKey = "f" }, "none": func(claim *SenderData) { claim.signers = nil },
+		"signer": func(claim *SenderData) { claim.signers[0].key = "T" }, "object": func(claim *SenderData) { claim.signers[0].object = []byte("p") },
+		"two":     func(claim *SenderData) { claim.signers = append(claim.signers, signer{"S", []byte("o")}) },
+		"shifted": func(claim *SenderData) { claim.SenderKey, claim.SigningKey = "ke", "" },
+	} {
+		claim := base()
+		change(claim)
+		digest := digestOfSigners(claim)
+		if other, taken := seen[digest]; taken {
+			t.Errorf("%s and %s have the same digest", name, other)
+		}
+		seen[digest] = name
+	}
+}
+
+func TestStatementsAreKeptPrepared(t *testing.T) {
+	for uri, want := range map[string]string{
+		"file:x.db": "file:x.db?_stmt_cache_size=256", "x.db?_txlock=immediate": "x.db?_txlock=immediate&_stmt_cache_size=256",
+		"x.db?_stmt_cache_size=0": "x.db?_stmt_cache_size=0",
+	} {
+		if got := withStatementCache(uri); got != want {
+			t.Errorf("%s: %s", uri, got)
+		}
+	}
+}
