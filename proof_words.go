@@ -89,8 +89,8 @@ func printable(text string) string {
 var verdictWords = map[cryptohook.Code]string{
 	cryptohook.CodeVerified:              "The message is from %s: a device of theirs made the encryption it was sent with, and the bot's operators have verified this person.",
 	cryptohook.CodeUnverifiedIdentity:    "The message was sent by a device that the account %s vouches for. Nobody has verified for the bot who is behind the account.",
-	cryptohook.CodeIdentityChanged:       "The message was sent by a device that the account %s vouches for or vouched for, and the account's encryption identity is not the one that the bot saw first. People get a new one when they lose their keys; somebody who takes an account over gets one, too.",
-	cryptohook.CodeVerificationViolation: "WARNING: the account %s was verified, and the encryption identity that it has now is not the verified one. Do not rely on the message before you have asked this person in another way.",
+	cryptohook.CodeIdentityChanged:       "The message was sent by a device that the account %s vouches for or vouched for, and by the bot's notes the account's encryption identity is not the one that the bot saw first. People get a new one when they lose their keys; somebody who takes an account over gets one, too.",
+	cryptohook.CodeVerificationViolation: "WARNING: by the bot's notes the account %s was verified, and the encryption identity that it has now is not the verified one. Do not rely on the message before you have asked this person in another way.",
 	cryptohook.CodeUnsignedDevice:        "WARNING: the message was sent by a device that the account %s does not vouch for. Whoever knows the account's password, or runs its server, can add such a device.",
 }
 
@@ -141,15 +141,24 @@ func factWords(fact cryptohook.ProofFact, proof *cryptohook.ProofReport) string 
 		}
 		return fmt.Sprintf("The bot has verified this master key: its signature on the key is in the file. It does that when %s.", by)
 	case cryptohook.ProvenVerdict:
+		if restsOnNotes(proof.Code) {
+			return "The verdict is right if the bot's notes of earlier are: it was worked out anew from them and from the keys and signatures in the file."
+		}
 		return "The verdict is right: it was worked out anew from the keys and signatures in the file."
 	case cryptohook.UnprovenText:
 		return "What the message says. Everybody in the room has the key that messages are encrypted with, and could have written any text."
+	case cryptohook.UnprovenEvent:
+		return "That it is this message in this room. Only the bot's signature names them; it had them from its homeserver."
 	case cryptohook.UnprovenOrigin:
 		return "That the message was really sent from this device. Only the bot saw the device hand over the key of the message; the file holds the bot's word for it."
 	case cryptohook.UnprovenTimes:
 		return "The times. They are those of the bot's clock and of the bot's homeserver."
 	case cryptohook.UnprovenHistory:
-		return "Which master keys the sender had before, and whether somebody verified one of them: that is what the bot remembers."
+		words := "Which master keys the sender had before, and whether somebody verified one of them: that is what the bot has noted, and only its word."
+		if restsOnNotes(proof.Code) {
+			words += " This verdict rests on it."
+		}
+		return words
 	case cryptohook.UnprovenPerson:
 		return "Which person has the master key. Ask them for theirs in another way, and compare it."
 	case cryptohook.UnprovenOwner:
@@ -159,6 +168,11 @@ func factWords(fact cryptohook.ProofFact, proof *cryptohook.ProofReport) string 
 	default:
 		return string(fact)
 	}
+}
+
+// restsOnNotes says that a verdict is about the past, of which nothing is signed.
+func restsOnNotes(code cryptohook.Code) bool {
+	return code == cryptohook.CodeIdentityChanged || code == cryptohook.CodeVerificationViolation
 }
 
 // proofDetails are names and values for those who compare them.

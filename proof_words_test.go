@@ -48,7 +48,7 @@ func TestGoodProofIsExplained(t *testing.T) {
 		}
 		for _, want := range []string{
 			"The proof is genuine: @bot:test has made it", "$event1", "!room:test", "Verdict: verified\n", "The message is from @alice:test",
-			"What the file proves:\n- ", "What it does not prove:\n- What the message says.", aliceKey[:4] + " " + aliceKey[4:8] + " ", "2023-11-14 22:13:20 UTC",
+			"What the file proves:\n- ", "What it does not prove:\n- What the message says.", "\n- That it is this message in this room.", aliceKey[:4] + " " + aliceKey[4:8] + " ", "2023-11-14 22:13:20 UTC",
 		} {
 			if !strings.Contains(stdout, want) {
 				t.Errorf("%q is not in\n%s", want, stdout)
@@ -131,11 +131,26 @@ func TestEveryVerdictThatIsProvenHasItsWords(t *testing.T) {
 	}
 	for _, fact := range []cryptohook.ProofFact{
 		cryptohook.ProvenBot, cryptohook.ProvenDevice, cryptohook.ProvenOwner, cryptohook.ProvenVerified, cryptohook.ProvenVerdict,
-		cryptohook.UnprovenText, cryptohook.UnprovenOrigin, cryptohook.UnprovenTimes, cryptohook.UnprovenHistory, cryptohook.UnprovenPerson,
+		cryptohook.UnprovenText, cryptohook.UnprovenEvent, cryptohook.UnprovenOrigin, cryptohook.UnprovenTimes, cryptohook.UnprovenHistory, cryptohook.UnprovenPerson,
 		cryptohook.UnprovenOwner, cryptohook.UnprovenOutdated,
 	} {
 		if words := factWords(fact, &cryptohook.ProofReport{}); words == string(fact) {
 			t.Errorf("%s has no words", fact)
+		}
+	}
+}
+
+// That an account had another key before, or was verified, nobody has signed.
+func TestWhatWasBeforeIsTheBotsWord(t *testing.T) {
+	for _, code := range []cryptohook.Code{cryptohook.CodeIdentityChanged, cryptohook.CodeVerificationViolation} {
+		said := proofText(&cryptohook.ProofReport{
+			Code: code, Sender: "@alice:test", BotUserID: "@bot:test",
+			Proven: []cryptohook.ProofFact{cryptohook.ProvenVerdict}, NotProven: []cryptohook.ProofFact{cryptohook.UnprovenHistory},
+		})
+		for _, want := range []string{"by the bot's notes the account", "The verdict is right if the bot's notes of earlier are", "only its word. This verdict rests on it."} {
+			if !strings.Contains(said, want) {
+				t.Errorf("%s: %q is not in\n%s", code, want, said)
+			}
 		}
 	}
 }

@@ -217,7 +217,6 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 	}
 	// storage is the account's secret storage, if the recovery key is at hand.
 	var storage *ssss.Key
-	keep := b.hook.KeepBackup
 	switch {
 	case exists && known && b.ownMasterKey() == masterKey:
 	case !exists && had && !b.config.Account.ResetIdentity:
@@ -227,7 +226,6 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 		if storage, err = b.makeIdentity(ctx); err != nil {
 			return err
 		}
-		keep = b.hook.RenewBackup
 	case b.hasRecoveryKey():
 		if storage, err = b.restoreIdentity(ctx, masterKey); err != nil {
 			return err
@@ -240,7 +238,7 @@ func (b *Bot) prepareIdentity(ctx context.Context) error {
 	if err = b.signOwnDevice(ctx); err != nil {
 		return err
 	}
-	b.keepBackup(ctx, storage, keep)
+	b.keepBackup(ctx, storage)
 	b.tellOfOtherDevices(ctx)
 	return nil
 }
@@ -329,6 +327,9 @@ func (b *Bot) makeIdentity(ctx context.Context) (*ssss.Key, error) {
 		return nil, fmt.Errorf("failed to store the identity's secret keys on the server: %w", err)
 	}
 	if err = b.tellRecoveryKey(key.RecoveryKey()); err != nil {
+		return nil, err
+	}
+	if err = b.hook.RenewBackup(ctx, keys.MasterKey.PublicKey()); err != nil {
 		return nil, err
 	}
 	if err = b.storeSeeds(ctx, keys); err != nil {

@@ -12,9 +12,8 @@ import (
 )
 
 // keepBackup has the account's key backup kept, which the bot's next machine gets its keys from. storage is the account's secret storage; nil
-// if the recovery key is not at hand. keep is the hook's way to keep it. Without a backup the bot works as well; what is in the way is told
-// once.
-func (b *Bot) keepBackup(ctx context.Context, storage *ssss.Key, keep func(context.Context, *ssss.Key) error) {
+// if the recovery key is not at hand. Without a backup the bot works as well; what is in the way is told once.
+func (b *Bot) keepBackup(ctx context.Context, storage *ssss.Key) {
 	if storage == nil && b.hasRecoveryKey() {
 		var err error
 		if storage, err = b.openSecrets(ctx); err != nil {
@@ -23,7 +22,7 @@ func (b *Bot) keepBackup(ctx context.Context, storage *ssss.Key, keep func(conte
 			return
 		}
 	}
-	err := keep(ctx, storage)
+	err := b.hook.KeepBackup(ctx, storage)
 	advice := adviceOnBackup(err)
 	if advice == b.backupAdvice {
 		return

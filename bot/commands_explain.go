@@ -63,7 +63,7 @@ func (b *Bot) messageMeant(ctx context.Context, o *order) (evt *event.Event, bad
 		return amiss(signPlain, "own", nil)
 	case evt.StateKey != nil:
 		return amiss(signPlain, "state", vars{"Name": showUser(evt.Sender), "Type": showName(evt.Type.Type)})
-	case isRedacted(evt):
+	case wasRedacted(evt):
 		return amiss(signPlain, "redacted", vars{"Name": showUser(evt.Sender)})
 	case !slices.Contains([]string{event.EventMessage.Type, event.EventSticker.Type, event.EventEncrypted.Type}, evt.Type.Type):
 		return amiss(signPlain, "no_message", vars{"Name": showUser(evt.Sender), "Type": showName(evt.Type.Type)})
@@ -75,11 +75,6 @@ func (b *Bot) messageMeant(ctx context.Context, o *order) (evt *event.Event, bad
 // the one that somebody has chosen.
 func (s speech) about(evt *event.Event) remark {
 	return remark(s.phrase("explain.about", vars{"Name": showUser(evt.Sender), "Time": moment(time.UnixMilli(evt.Timestamp)), "Event": showName(evt.ID.String())}))
-}
-
-// isRedacted says that somebody has taken the content of an event away.
-func isRedacted(evt *event.Event) bool {
-	return evt.Unsigned.RedactedBecause != nil || len(evt.Content.Raw) == 0
 }
 
 // wasEdited says that the homeserver has an edit of an event.
@@ -298,7 +293,7 @@ func (line *auditLine) verified(userID id.UserID, masterKey id.Ed25519) bool {
 	if len(arguments) < 2 || mention(arguments[0]) != userID {
 		return false
 	}
-	key, err := parseMasterKey(strings.Trim(strings.Join(arguments[1:], ""), quotes))
+	key, err := ParseMasterKey(strings.Trim(strings.Join(arguments[1:], ""), quotes))
 	return err == nil && key == masterKey
 }
 

@@ -140,7 +140,7 @@ func TestExplainSaysWhatIsWrongWithWhatItRepliesTo(t *testing.T) {
 	a := newAskedBot(t)
 	state, redacted, reaction, own := message("@bob:example.com"), message("@bob:example.com"), message("@bob:example.com"), message("@bot:example.org")
 	state["type"], state["state_key"] = "m.room.name", ""
-	redacted["content"] = object{}
+	redacted["content"], redacted["unsigned"] = object{}, object{"redacted_because": object{"type": "m.room.redaction", "sender": "@bob:example.com"}}
 	reaction["type"], reaction["content"] = "m.reaction", object{"m.relates_to": object{"rel_type": "m.annotation", "event_id": "$x", "key": "+"}}
 	odd := message("@bob:example.com")
 	odd["type"], odd["content"] = "org.example.<b>\u202e"+strings.Repeat("x", 60_000), object{"a": 1}
@@ -168,6 +168,12 @@ func TestExplainSaysWhatIsWrongWithWhatItRepliesTo(t *testing.T) {
 				t.Errorf("%s of %q takes %d bytes", command, about, size)
 			}
 		}
+	}
+	called := message("@bob:example.com")
+	called["unsigned"] = redacted["unsigned"]
+	a.events["$called"] = called
+	if r := a.explainMessage(t.Context(), a.asked("en", "explain", "$called"), &knowing{found: provenBy(cryptohook.CodeUnverifiedIdentity, cryptohook.StateSenderUnverified, "unverified")}); r.outcome != outcomeDone {
+		t.Errorf("what is called deleted, and is there: %+v", r)
 	}
 	a.broken = true
 	if r := a.explainMessage(t.Context(), a.asked("en", "explain", "$state"), new(knowing)); r.outcome != outcomeFailed {
@@ -237,7 +243,7 @@ func TestExplainTellsTheProofStepByStep(t *testing.T) {
 			x.Identity.Changes = []cryptohook.IdentityChange{{MasterKey: masterKeyA}, {MasterKey: masterKeyB, SeenAt: time.Date(2026, 5, 6, 7, 8, 0, 0, time.UTC)}}
 		}, []string{"Today @bob:example.com has another key of the account: BBBB nX4e", "verified once, with another key. Nobody has checked today's.", "has changed since I know it: on 2026-05-06 07:08 UTC to BBBB nX4e"},
 			[]string{"by which @bob:example.com signs their own devices"}},
-		"withdrawn": {func(x *cryptohook.Examination) { x.Identity.Withdrawn = true }, []string{"An operator has taken back that @bob:example.com is verified."}, nil},
+		"withdrawn": {func(x *cryptohook.Examination) { x.Identity.Withdrawn = true }, []string{"An operator has said that @bob:example.com is not to count as verified, or whoever runs this bot"}, nil},
 		"not signed": {func(x *cryptohook.Examination) {
 			x.Verdict.Code, x.Claims[0].MasterKey, x.Claims[0].State = cryptohook.CodeUnsignedDevice, "", cryptohook.StateDeviceInfo
 			x.Claims[0].Steps = steps("A:no_embedded_keys B:device_found D:not_signed")

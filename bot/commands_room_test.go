@@ -64,7 +64,7 @@ The room is encrypted.
 
 • Who joins later may read what was written before.
 • 1 × ⛔ verified identity replaced, 1 × ⚠️ identity has changed, 1 × ⚠️ no identity set up, 1 × ⚠️ not known yet, 2 × ℹ️ not verified in person, 1 × ✅ verified
-• Of 2 members it cannot be checked which devices are theirs: there is no key of the account.
+• Of 2 members I cannot check which devices are theirs: I know no keys of the accounts.
 • What I know of one member may be out of date: the server has not answered yet.
 
 ⛔ @replaced:x · verified identity replaced · 1 confirmed, 0 not

@@ -28,8 +28,6 @@ const (
 	recheckPatience = 8 * time.Second
 	// mostDevices is how many devices of a user are listed.
 	mostDevices = 20
-	// mostShared is how many rooms are looked at for whether a user shares one with the bot.
-	mostShared = 100
 )
 
 // orderUser tells what is known of a user; without a name, of who asks.
@@ -50,10 +48,9 @@ func (b *Bot) describeUser(ctx context.Context, o *order, hook directory, byOper
 	if userID == b.client.UserID {
 		return say(o.speech.text(signPlain, "user.myself", put))
 	}
-	if allowed, err := b.mayAskAbout(ctx, o, userID, byOperator); err != nil {
-		return o.failed(ctx, err)
-	} else if !allowed {
-		return refuse(o.speech.text(signCaution, "user.stranger", put), "shares no room with the bot")
+	if !b.mayAskAbout(ctx, o, userID, byOperator) {
+		put["Operators"] = clipTo(b.describeOperators(), longestOperators)
+		return refuse(o.speech.text(signCaution, "user.stranger", put), "not a member of the room")
 	}
 	report, answered, err := lookUp(ctx, hook, userID)
 	if err != nil {
@@ -73,31 +70,10 @@ func (b *Bot) describeUser(ctx context.Context, o *order, hook directory, byOper
 	return response{words: atMost(mostDevices, func(devices int) words { return b.userInWords(ctx, o.speech, report, names, devices) })}
 }
 
-// mayAskAbout says whether somebody may be told of a user: of those who share a room with the bot everybody may, of strangers only its
-// operators, for the homeserver would have to be asked.
-func (b *Bot) mayAskAbout(ctx context.Context, o *order, userID id.UserID, byOperator func() bool) (bool, error) {
-	if userID == o.evt.Sender {
-		return true, nil
-	}
-	shares, err := b.sharesRoom(ctx, o.evt.RoomID, userID)
-	return shares || err == nil && byOperator(), err
-}
-
-// sharesRoom says whether a user is in a room, or else in an encrypted room of the bot's.
-func (b *Bot) sharesRoom(ctx context.Context, roomID id.RoomID, userID id.UserID) (bool, error) {
-	rooms := []id.RoomID{roomID}
-	if store, ok := b.client.StateStore.(interface {
-		FindSharedRooms(ctx context.Context, userID id.UserID) ([]id.RoomID, error)
-	}); ok {
-		shared, err := store.FindSharedRooms(ctx, userID)
-		if err != nil {
-			return false, fmt.Errorf("failed to look up the rooms of %s: %w", userID, err)
-		}
-		rooms = append(rooms, shared[:min(len(shared), mostShared)]...)
-	}
-	return slices.ContainsFunc(rooms, func(roomID id.RoomID) bool {
-		return b.client.StateStore.IsInvited(ctx, roomID, userID) && b.client.StateStore.IsInRoom(ctx, roomID, b.client.UserID)
-	}), nil
+// mayAskAbout says whether somebody may be told of a user: everybody of who has joined the same room, and only operators of others. Whom the
+// bot knows from its other rooms is not for people here to find out, and of strangers the homeserver would have to be asked.
+func (b *Bot) mayAskAbout(ctx context.Context, o *order, userID id.UserID, byOperator func() bool) bool {
+	return userID == o.evt.Sender || b.isMember(ctx, o.evt.RoomID, userID) || byOperator()
 }
 
 // lookUp gives what is known of a user; nil: nothing. If it is nothing, or out of date, the homeserver is asked first, once: answered says

@@ -149,8 +149,8 @@ func TestUserWithoutANameIsWhoAsks(t *testing.T) {
 	}
 }
 
-// Nobody has the bot ask homeservers for people whom it has nothing to do with.
-func TestStrangersAreLookedUpForOperatorsOnly(t *testing.T) {
+// Nobody learns here whom the bot knows from its other rooms, or has it ask homeservers for people whom it has nothing to do with.
+func TestOnlyOperatorsAreToldOfWhoHasNotJoinedTheRoom(t *testing.T) {
 	a := newRoomfulBot(t)
 	a.enter(theRoom, "@gone:example.com", event.MembershipLeave, "")
 	a.enter(theRoom, "@invited:example.com", event.MembershipInvite, "")
@@ -161,6 +161,7 @@ func TestStrangersAreLookedUpForOperatorsOnly(t *testing.T) {
 	a.encrypt("!left:example.com")
 	a.enter("!left:example.com", a.client.UserID, event.MembershipLeave, "")
 	a.enter("!left:example.com", "@left:example.com", event.MembershipJoin, "")
+	refusals := make(map[string][]id.UserID)
 	for _, test := range []struct {
 		sender, about id.UserID
 		asked         bool
@@ -168,10 +169,11 @@ func TestStrangersAreLookedUpForOperatorsOnly(t *testing.T) {
 		{"@alice:example.com", "@bob:example.com", true},
 		{"@alice:example.com", "@stranger:example.com", false},
 		{"@alice:example.com", "@gone:example.com", false},
-		{"@alice:example.com", "@invited:example.com", true},
-		{"@alice:example.com", "@elsewhere:example.com", true},
+		{"@alice:example.com", "@invited:example.com", false},
+		{"@alice:example.com", "@elsewhere:example.com", false},
 		{"@alice:example.com", "@left:example.com", false},
 		{"@olga:example.com", "@stranger:example.com", true},
+		{"@olga:example.com", "@elsewhere:example.com", true},
 	} {
 		hook := &phoneBook{learns: map[id.UserID]*cryptohook.UserReport{test.about: reportOn(test.about)}}
 		byOperator := func() bool { return test.sender == "@olga:example.com" }
@@ -179,6 +181,12 @@ func TestStrangersAreLookedUpForOperatorsOnly(t *testing.T) {
 		if asked := len(hook.asked) > 0; asked != test.asked || asked != (r.outcome == outcomeDone) {
 			t.Errorf("%s about %s: asked for %v, %s", test.sender, test.about, hook.asked, r.words.plain())
 		}
+		if same := strings.ReplaceAll(r.words.plain(), test.about.String(), "X"); r.outcome == outcomeRefused {
+			refusals[same] = append(refusals[same], test.about)
+		}
+	}
+	if len(refusals) != 1 {
+		t.Errorf("the refusals tell people apart: %q", refusals)
 	}
 }
 

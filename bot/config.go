@@ -523,7 +523,7 @@ func (r *configReader) checkVerifiedUsers() {
 	slices.Sort(users)
 	for _, user := range users {
 		r.checkUserID("trust.verified_users", user)
-		key, err := parseMasterKey(string(pins[user]))
+		key, err := ParseMasterKey(string(pins[user]))
 		if err != nil {
 			r.fault("trust.verified_users", "the key of %s %v; write the user's master key: 43 letters, digits, + and /", quoteValue(string(user)), err)
 		}
@@ -531,8 +531,9 @@ func (r *configReader) checkVerifiedUsers() {
 	}
 }
 
-// parseMasterKey reads an ed25519 public key as people copy it, with spaces and padding, into unpadded base64.
-func parseMasterKey(text string) (id.Ed25519, error) {
+// ParseMasterKey reads a master key as people copy it, in groups with spaces between them, or with padding, into unpadded base64. The error
+// ends a sentence that begins with the key.
+func ParseMasterKey(text string) (id.Ed25519, error) {
 	text = strings.TrimRight(strings.Join(strings.Fields(text), ""), "=")
 	key, err := base64.RawStdEncoding.Strict().DecodeString(text)
 	if err != nil {

@@ -157,7 +157,7 @@ func (b *Bot) checkDatabase(ctx context.Context) (description string, err error)
 
 // verifyDatabase reads all of the database, for damage.
 func (b *Bot) verifyDatabase(ctx context.Context) error {
-	damage, err := cryptohook.Verify(ctx, b.db, []byte(b.config.Encryption.PickleKey.Reveal()))
+	damage, err := cryptohook.VerifyDatabase(ctx, b.db, []byte(b.config.Encryption.PickleKey.Reveal()))
 	if err != nil || len(damage) == 0 {
 		return err
 	}

@@ -22,7 +22,7 @@ import (
 // https://spec.matrix.org/v1.16/client-server-api/#event-replacements
 func replacedBy(evt *event.Event) id.EventID { return relationOf(evt).GetReplaceID() }
 
-// wasRedacted says that the event came when its content was deleted already.
+// wasRedacted says that the event came when its content was deleted already. That is the server's word; what is there is there.
 func wasRedacted(evt *event.Event) bool {
 	content := len(evt.Content.Raw)
 	if _, judged := cryptohook.VerdictOf(evt); judged {

@@ -277,15 +277,27 @@ func TestTextsAreAllUsed(t *testing.T) {
 	}
 }
 
-// isUsed says that a key, or its beginning with at least a whole section, is a string in the code.
+// endings are what the code adds to a key: see [speech.text] and [speech.counted].
+var endings = append([]string{"headline", "known", "advice"}, pluralForms...)
+
+// isUsed says that a key is a string in the code, with or without what the code adds to it, or begins with one that goes on: "section.", and
+// perhaps "section.key_". A section alone is too little: its name may be a word of another meaning.
 func isUsed(key string, literals map[string]bool) bool {
-	for end := len(key); end > 0 && strings.Contains(key[:end], "."); end-- {
-		if literals[key[:end]] {
+	for end := len(key); end > 0; end-- {
+		if last := key[end-1]; (last == '.' || last == '_') && literals[key[:end]] {
 			return true
 		}
 	}
-	section, _, _ := strings.Cut(key, ".")
-	return literals[section]
+	for {
+		if literals[key] {
+			return true
+		}
+		rest, ending := cutLast(key)
+		if !slices.Contains(endings, ending) {
+			return false
+		}
+		key = rest
+	}
 }
 
 func TestMissingTextIsItsKey(t *testing.T) {

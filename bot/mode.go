@@ -237,7 +237,7 @@ func (b *Bot) describeMode(o *order) text {
 	if o.verdict.Code == cryptohook.CodeNotEncrypted {
 		who = "mode.who_not_encrypted"
 	}
-	put := vars{"Mode": b.mode(o.evt.RoomID), "Modes": strings.Join(Modes, ", "), "Type": stateMode.Type}
+	put := vars{"Modes": strings.Join(Modes, ", "), "Type": stateMode.Type}
 	said := o.speech.text(signPlain, "mode.now_"+b.mode(o.evt.RoomID), put)
 	said.remark(o.speech.phrase(from, put))
 	said.advice = o.speech.phrase(who, put)

@@ -171,7 +171,7 @@ func (b *Bot) orderVerify(ctx context.Context, o *order) response {
 	if given == "" {
 		return b.startVerification(ctx, o, userID)
 	}
-	key, err := parseMasterKey(given)
+	key, err := ParseMasterKey(given)
 	if err != nil {
 		return refuse(o.speech.text(signCaution, "verify.bad_key", vars{"Name": showUser(userID), "Length": strconv.Itoa(len(given))}), "not a master key: "+err.Error())
 	}

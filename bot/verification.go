@@ -102,7 +102,7 @@ func (b *Bot) newVerifications(hook trust) *verifications {
 		log: b.log.With().Str("component", "verification").Logger(), clock: b.clock, bot: b, trust: hook,
 		store: verificationhelper.NewInMemoryVerificationStore(), router: mautrix.NewDefaultSyncer(),
 		arrived: make(chan *event.Event, arrivedAtMost), known: exsync.NewSet[id.VerificationTransactionID](),
-		open:    make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time), thoughts: make(map[string]*secondThought),
+		open: make(map[id.VerificationTransactionID]*dialogue), requests: make(map[id.UserID][]time.Time), thoughts: make(map[string]*secondThought),
 	}
 }
 

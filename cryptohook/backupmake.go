@@ -32,6 +32,9 @@ import (
 //	  database                                                and then that key into the database
 //	of neither              -                 -              another's: it is left alone, and so is everything else
 //
+// Once the account has another identity (see [Hook.RenewBackup]), a new key takes the place of the one that would be chosen by this. It is
+// noted that this is to be done, until the new key is in the database; another key than that of the database in the secret storage is it.
+//
 // Without the recovery key, what is in the secret storage cannot be read or changed. Then a version is made only of a key that is in the
 // database and, as far as can be seen, in the secret storage: it is put into the database after that.
 
@@ -57,11 +60,29 @@ func (h *Hook) KeepBackup(ctx context.Context, storage *ssss.Key) error {
 	return h.keeper.look(h.log.With().Str("component", "key backup").Logger().WithContext(ctx))
 }
 
-// RenewBackup is [Hook.KeepBackup] for an account that has just got a new identity. Whoever has the former recovery key has the key of the
-// former backup: if that was ours, another one takes its place, with a new key, and gets everything. The former one stays on the server.
-func (h *Hook) RenewBackup(ctx context.Context, storage *ssss.Key) error {
-	h.keeper.renew = storage != nil
-	return h.KeepBackup(ctx, storage)
+// secretRenewBackup is, under the database's secrets, the master key of the identity that the backup is to be renewed for.
+const secretRenewBackup id.Secret = "dev.sendertrust.renew_backup"
+
+// RenewBackup notes that the account is about to get the identity with that master key. Whoever has the former recovery key has the key of
+// the former backup: if that is ours, [Hook.KeepBackup] puts another one in its place, with a new key, and everything into that. The former
+// one stays on the server. The note is durable. It is to be made before the identity is published, so that no crash comes in between.
+func (h *Hook) RenewBackup(ctx context.Context, masterKey id.Ed25519) error {
+	err := h.store.write(ctx, func(ctx context.Context) error {
+		return h.uow.PutSecret(ctx, secretRenewBackup, masterKey.String())
+	})
+	if err != nil {
+		return fmt.Errorf("failed to note that the key backup is to be renewed: %w", err)
+	}
+	return nil
+}
+
+// renewsBackup says that the backup is still to be renewed for the identity that the account has.
+func (h *Hook) renewsBackup(ctx context.Context) (bool, error) {
+	masterKey, err := h.uow.GetSecret(ctx, secretRenewBackup)
+	if err != nil {
+		return false, fmt.Errorf("failed to read whether the key backup is to be renewed: %w", err)
+	}
+	return masterKey != "" && masterKey == h.anchor().masterKey.String(), nil
 }
 
 // settle gives the backup that is to be kept, and makes what is missing of it.
@@ -77,8 +98,8 @@ func (k *backupKeeper) settle(ctx context.Context) (*keyBackup, error) {
 	}
 	if stored != nil && local == nil {
 		// From now on keys are looked up there, whatever else fails.
-		if err = h.keepBackupKey(ctx, local, stored); err != nil {
-			return nil, err
+		if err = h.SetBackupKey(ctx, stored.Bytes()); err != nil {
+			return nil, fmt.Errorf("failed to store the key of the key backup: %w", err)
 		}
 		local = stored
 	}
@@ -86,14 +107,20 @@ func (k *backupKeeper) settle(ctx context.Context) (*keyBackup, error) {
 	if err != nil {
 		return nil, err
 	}
+	renew, err := h.renewsBackup(ctx)
+	if err != nil {
+		return nil, err
+	}
 	key, missing, err := chooseBackupKey(newest, stored, local, storage != nil, exists)
 	switch {
 	case err != nil:
 		return nil, err
+	case renew && storage == nil:
+		return nil, fmt.Errorf("%w: the account has another identity than its backup was made for", ErrStorageKeyNeeded)
 	case missing && k.made:
 		// A server that shows nothing of what it takes is not to be given one after the other.
 		return nil, errBackupNotShown
-	case key == nil || k.renew:
+	case key == nil || renew && (stored == nil || stored.Equal(local.PrivateKey)):
 		missing = true
 		if key, err = backup.NewMegolmBackupKey(); err != nil {
 			return nil, fmt.Errorf("failed to make a key for the key backup: %w", err)
@@ -104,7 +131,6 @@ func (k *backupKeeper) settle(ctx context.Context) (*keyBackup, error) {
 			return nil, fmt.Errorf("failed to put the key of the key backup into the secret storage: %w", err)
 		}
 	}
-	k.renew = false
 	// While there is a version of ours, its key is kept until there is another one.
 	renewing := missing && newest != nil
 	if !renewing {
@@ -123,12 +149,18 @@ func (k *backupKeeper) settle(ctx context.Context) (*keyBackup, error) {
 	return made, err
 }
 
-// keepBackupKey stores the private key of the backup if it is not there.
+// keepBackupKey stores the private key of the backup if it is not there. A former one is renewed with that.
 func (h *Hook) keepBackupKey(ctx context.Context, local, key *backup.MegolmBackupKey) error {
 	if local != nil && local.Equal(key.PrivateKey) {
 		return nil
 	}
-	if err := h.SetBackupKey(ctx, key.Bytes()); err != nil {
+	err := h.store.write(ctx, func(ctx context.Context) error {
+		if err := h.SetBackupKey(ctx, key.Bytes()); err != nil {
+			return err
+		}
+		return h.uow.DeleteSecret(ctx, secretRenewBackup)
+	})
+	if err != nil {
 		return fmt.Errorf("failed to store the key of the key backup: %w", err)
 	}
 	return nil

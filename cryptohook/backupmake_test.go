@@ -253,25 +253,27 @@ const (
 )
 
 var backupCases = map[string]backupCase{
-	"nothing":                                {requests: []string{storesSecret, makesVersion}},
-	"crash after the secret storage":         {secret: "a", requests: []string{makesVersion}, kept: "a"},
-	"crash after the database":               {secret: "a", local: "a", requests: []string{makesVersion}, kept: "a"},
-	"crash after the version":                {newest: "a", secret: "a", local: "a", requests: []string{signsVersion}, kept: "a"},
-	"a new database":                         {newest: "a", secret: "a", requests: []string{signsVersion}, kept: "a"},
-	"a new secret storage":                   {newest: "a", local: "a", requests: []string{storesSecret, signsVersion}, kept: "a"},
-	"a new secret storage, and no version":   {local: "a", requests: []string{storesSecret, makesVersion}, kept: "a"},
-	"another program has renewed it":         {newest: "b", secret: "b", local: "a", requests: []string{signsVersion}, kept: "b"},
-	"crash while it is renewed":              {newest: "a", secret: "b", local: "a", requests: []string{makesVersion}, kept: "b"},
-	"crash at the end of renewing it":        {newest: "b", secret: "b", local: "a", requests: []string{signsVersion}, kept: "b"},
-	"a version was deleted, its key renewed": {secret: "b", local: "a", requests: []string{makesVersion}, kept: "b"},
-	"another's version":                      {newest: "c", want: ErrOthersBackup},
-	"another's version, and keys of ours":    {newest: "c", secret: "b", local: "a", want: ErrOthersBackup},
-	"another's version beside ours":          {newest: "c", secret: "a", local: "a", want: ErrOthersBackup},
-	"renewed, nothing":                       {renew: true, requests: []string{storesSecret, makesVersion}},
-	"renewed, ours":                          {renew: true, newest: "a", local: "a", requests: []string{storesSecret, makesVersion}},
-	"renewed, ours in the secret storage":    {renew: true, newest: "a", secret: "a", requests: []string{storesSecret, makesVersion}},
-	"renewed, ours deleted":                  {renew: true, local: "a", requests: []string{storesSecret, makesVersion}},
-	"renewed, another's version":             {renew: true, newest: "c", local: "a", want: ErrOthersBackup},
+	"nothing":                                 {requests: []string{storesSecret, makesVersion}},
+	"crash after the secret storage":          {secret: "a", requests: []string{makesVersion}, kept: "a"},
+	"crash after the database":                {secret: "a", local: "a", requests: []string{makesVersion}, kept: "a"},
+	"crash after the version":                 {newest: "a", secret: "a", local: "a", requests: []string{signsVersion}, kept: "a"},
+	"a new database":                          {newest: "a", secret: "a", requests: []string{signsVersion}, kept: "a"},
+	"a new secret storage":                    {newest: "a", local: "a", requests: []string{storesSecret, signsVersion}, kept: "a"},
+	"a new secret storage, and no version":    {local: "a", requests: []string{storesSecret, makesVersion}, kept: "a"},
+	"another program has renewed it":          {newest: "b", secret: "b", local: "a", requests: []string{signsVersion}, kept: "b"},
+	"crash while it is renewed":               {newest: "a", secret: "b", local: "a", requests: []string{makesVersion}, kept: "b"},
+	"crash at the end of renewing it":         {newest: "b", secret: "b", local: "a", requests: []string{signsVersion}, kept: "b"},
+	"a version was deleted, its key renewed":  {secret: "b", local: "a", requests: []string{makesVersion}, kept: "b"},
+	"another's version":                       {newest: "c", want: ErrOthersBackup},
+	"another's version, and keys of ours":     {newest: "c", secret: "b", local: "a", want: ErrOthersBackup},
+	"another's version beside ours":           {newest: "c", secret: "a", local: "a", want: ErrOthersBackup},
+	"renewed, nothing":                        {renew: true, requests: []string{storesSecret, makesVersion}},
+	"renewed, ours":                           {renew: true, newest: "a", local: "a", requests: []string{storesSecret, makesVersion}},
+	"renewed, ours in the secret storage":     {renew: true, newest: "a", secret: "a", requests: []string{storesSecret, makesVersion}},
+	"renewed, ours deleted":                   {renew: true, local: "a", requests: []string{storesSecret, makesVersion}},
+	"renewed, another's version":              {renew: true, newest: "c", local: "a", want: ErrOthersBackup},
+	"renewed, crash after the secret storage": {renew: true, newest: "a", secret: "b", local: "a", requests: []string{makesVersion}, kept: "b"},
+	"renewed, crash after the version":        {renew: true, newest: "b", secret: "b", local: "a", requests: []string{signsVersion}, kept: "b"},
 
 	"without the recovery key, nothing":                {without: true, want: ErrStorageKeyNeeded},
 	"without it, crash after the secret storage":       {without: true, secret: "a", want: ErrStorageKeyNeeded},
@@ -282,6 +284,8 @@ var backupCases = map[string]backupCase{
 	"without it, another program has renewed it":       {without: true, newest: "b", secret: "b", local: "a", want: ErrStorageKeyNeeded},
 	"without it, another's version":                    {without: true, newest: "c", want: ErrOthersBackup},
 	"without it, another's version, and a key of ours": {without: true, newest: "c", local: "a", want: ErrOthersBackup},
+	"without it, renewed":                              {without: true, renew: true, newest: "a", secret: "a", local: "a", want: ErrStorageKeyNeeded},
+	"without it, crash while it is renewed":            {without: true, renew: true, newest: "a", secret: "b", local: "a", want: ErrStorageKeyNeeded},
 }
 
 func TestBackupIsMadeFromWhateverIsThere(t *testing.T) {
@@ -306,11 +310,10 @@ func TestBackupIsMadeFromWhateverIsThere(t *testing.T) {
 			if c.without {
 				storage = nil
 			}
-			keep := w.hook.KeepBackup
 			if c.renew {
-				keep = w.hook.RenewBackup
+				must(0, w.hook.RenewBackup(w.ctx, w.bot.masterKey()))
 			}
-			if err := keep(w.ctx, storage); !errors.Is(err, c.want) {
+			if err := w.hook.KeepBackup(w.ctx, storage); !errors.Is(err, c.want) {
 				t.Fatalf("error %v, want %v", err, c.want)
 			}
 			if !slices.Equal(s.requests, c.requests) {
@@ -405,7 +408,8 @@ func TestRenewingABackupIsGoneOnFrom(t *testing.T) {
 					}
 					return 0, "", true
 				}
-				if err := w.hook.RenewBackup(w.ctx, s.storage); err == nil {
+				must(0, w.hook.RenewBackup(w.ctx, w.bot.masterKey()))
+				if err := w.hook.KeepBackup(w.ctx, s.storage); err == nil {
 					t.Fatal("it did not fail")
 				}
 				s.fail = nil
@@ -423,6 +427,44 @@ func TestRenewingABackupIsGoneOnFrom(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// The process ends after the account has got another identity, and before its backup was renewed: the next start renews it all the same,
+// be it later than that, and only once.
+func TestCrashBeforeABackupIsRenewedForgetsNothing(t *testing.T) {
+	w := newTrustWorld(t)
+	s := newBackupServer(w)
+	former := must(backup.NewMegolmBackupKey())
+	s.version(former)
+	must(0, w.hook.SetBackupKey(w.ctx, former.Bytes()))
+	must(0, w.hook.RenewBackup(w.ctx, w.bot.masterKey()))
+	w.restart()
+	s.take()
+	if err := w.hook.KeepBackup(w.ctx, nil); !errors.Is(err, ErrStorageKeyNeeded) || len(s.requests) > 0 {
+		t.Errorf("without the recovery key: %v, %q", err, s.requests)
+	}
+	for range 2 {
+		w.restart()
+		s.take()
+		must(0, w.hook.KeepBackup(w.ctx, s.storage))
+		s.expectBackup()
+	}
+	if bytes.Equal(w.localBackupKey(), former.Bytes()) || len(s.versions) != 2 {
+		t.Errorf("the former key is still in use, or there are more than two versions: %d", len(s.versions))
+	}
+}
+
+// An identity that did not come to be renews nothing.
+func TestBackupIsNotRenewedForAnotherIdentity(t *testing.T) {
+	w := newTrustWorld(t)
+	s := newBackupServer(w)
+	must(0, w.hook.KeepBackup(w.ctx, s.storage))
+	key := w.localBackupKey()
+	must(0, w.hook.RenewBackup(w.ctx, newActor("@other:test").masterKey()))
+	must(0, w.hook.KeepBackup(w.ctx, s.storage))
+	if s.expectBackup(); !bytes.Equal(w.localBackupKey(), key) || len(s.versions) != 1 {
+		t.Errorf("it was renewed: %d versions", len(s.versions))
 	}
 }
 

@@ -34,8 +34,8 @@ type backupKeeper struct {
 	// wanted says that somebody wants the backup kept; storage is the opened secret storage until the backup is found or made.
 	wanted  bool
 	storage *ssss.Key
-	// made says that this process has made a version, renew that it is to make one with a new key.
-	made, renew bool
+	// made says that this process has made a version.
+	made bool
 	// backup is the version that sessions are put into; nil while there is none that is ours.
 	backup *keyBackup
 	// next is when there may be something to do again, after so many failures in a row.

@@ -72,9 +72,9 @@ var pickles = []struct{ table, what, query string }{
 	{"crypto_megolm_inbound_session", "the key of session", `SELECT session_id, session FROM crypto_megolm_inbound_session WHERE session IS NOT NULL`},
 }
 
-// Verify reads all of a database, and gives what is damaged in it: pages, indices, and keys that the pickle key does not decrypt. It fails
-// with [ErrPickleKey] when that decrypts none. It changes nothing, and takes some minutes for millions of keys.
-func Verify(ctx context.Context, db *dbutil.Database, pickleKey []byte) (damage []string, err error) {
+// VerifyDatabase reads all of a database, and gives what is damaged in it: pages, indices, and keys that the pickle key does not decrypt. It
+// fails with [ErrPickleKey] when that decrypts none. It changes nothing, and takes some minutes for millions of keys.
+func VerifyDatabase(ctx context.Context, db *dbutil.Database, pickleKey []byte) (damage []string, err error) {
 	if db.Dialect == dbutil.SQLite {
 		damage, err = checkPages(ctx, db, fmt.Sprintf("PRAGMA integrity_check(%d)", mostDamage))
 		// What is told of damaged pages need not be all that is damaged, and to read on may end in another error than that.

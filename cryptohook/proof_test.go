@@ -78,7 +78,7 @@ func TestGoodProofIsAcceptedAndSaysWhatItProves(t *testing.T) {
 		MasterKey: alice.owner.masterKey(), TodaysMasterKey: alice.owner.masterKey(), FirstMasterKey: alice.owner.masterKey(), VerifiedBy: VerifiedBySignature,
 		BotUserID: w.bot.userID, BotDeviceID: "BOTDEVICE", BotMasterKey: w.bot.masterKey(),
 		Proven:    []ProofFact{ProvenBot, ProvenDevice, ProvenOwner, ProvenVerified, ProvenVerdict},
-		NotProven: []ProofFact{UnprovenText, UnprovenOrigin, UnprovenTimes, UnprovenHistory},
+		NotProven: []ProofFact{UnprovenText, UnprovenEvent, UnprovenOrigin, UnprovenTimes, UnprovenHistory},
 		Steps: []Step{
 			{"D", StepSigned}, {"E", StepIdentityKnown}, {"G", StepSignedByOwner}, {"H", StepSignatureValid}, {"J", StepVerified},
 		},
@@ -172,6 +172,9 @@ func TestProofsOfOtherVerdicts(t *testing.T) {
 			}
 			if report.Code != tc.code || !slices.Equal(report.Proven, tc.proven) {
 				t.Errorf("%s, proven %v", report.Code, report.Proven)
+			}
+			if !slices.Contains(report.NotProven, UnprovenEvent) || report.Code != CodeUnsignedDevice && !slices.Contains(report.NotProven, UnprovenHistory) {
+				t.Errorf("not proven %v: which event it is, and what was before, is the bot's word", report.NotProven)
 			}
 			if tc.check != nil {
 				tc.check(t, report)

@@ -49,9 +49,10 @@ const (
 // What no proof proves, or this one does not.
 const (
 	UnprovenText     ProofFact = "message_text"   // what the message says: whoever can read it could have written it
+	UnprovenEvent    ProofFact = "event"          // that it is this event of this room: the bot's signature alone names them
 	UnprovenOrigin   ProofFact = "session_origin" // that the session's key came from the device: only the bot saw that message
 	UnprovenTimes    ProofFact = "times"          // the times are the bot's clock's and the homeserver's
-	UnprovenHistory  ProofFact = "history"        // which identities the sender had before: the bot remembers
+	UnprovenHistory  ProofFact = "history"        // which identities the sender had before, and which of them was verified: the bot remembers
 	UnprovenPerson   ProofFact = "person"         // who is behind the identity: nobody has verified it for the bot
 	UnprovenOwner    ProofFact = "device_owner"   // that the device is the sender's: the sender's identity has not signed it
 	UnprovenOutdated ProofFact = "up_to_date"     // that the keys were the sender's when the file was made: the bot's list was out of date
@@ -491,7 +492,7 @@ func (c *proofCheck) report() *ProofReport {
 		Source: c.Session.Source, ReceivedAt: proofTime(c.Session.ReceivedAt),
 		Code: c.judged.Code, State: c.judged.State, Outdated: c.Verdict.Outdated, MasterKey: c.judged.MasterKey,
 		BotUserID: c.Bot.UserID, BotDeviceID: c.Bot.DeviceID, BotMasterKey: c.anchor.masterKey, MadeAt: proofTime(c.MadeAt),
-		Proven: []ProofFact{ProvenBot, ProvenDevice}, NotProven: []ProofFact{UnprovenText, UnprovenOrigin, UnprovenTimes},
+		Proven: []ProofFact{ProvenBot, ProvenDevice}, NotProven: []ProofFact{UnprovenText, UnprovenEvent, UnprovenOrigin, UnprovenTimes},
 	}
 	if c.today != nil {
 		report.TodaysMasterKey, report.FirstMasterKey = c.today.MasterKey, c.today.FirstMasterKey

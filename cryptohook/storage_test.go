@@ -104,14 +104,14 @@ func TestUnreadableKeysAreDamageIfOthersCanBeRead(t *testing.T) {
 	if err := CheckKeys(t.Context(), w.db, []byte("another")); !errors.Is(err, ErrPickleKey) {
 		t.Errorf("another pickle key: %v", err)
 	}
-	if damage, err := Verify(t.Context(), w.db, pickleKey); err != nil || len(damage) > 0 {
+	if damage, err := VerifyDatabase(t.Context(), w.db, pickleKey); err != nil || len(damage) > 0 {
 		t.Errorf("a check finds %q (%v)", damage, err)
 	}
 	must(w.db.Exec(t.Context(), "UPDATE crypto_account SET account=$1", []byte("garbage")))
 	if err := CheckKeys(t.Context(), w.db, pickleKey); !errors.As(err, new(*DamagedError)) {
 		t.Errorf("a damaged account: %v", err)
 	}
-	if damage, err := Verify(t.Context(), w.db, pickleKey); err != nil || len(damage) != 1 || !strings.Contains(damage[0], "cannot be decrypted") {
+	if damage, err := VerifyDatabase(t.Context(), w.db, pickleKey); err != nil || len(damage) != 1 || !strings.Contains(damage[0], "cannot be decrypted") {
 		t.Errorf("a check finds %q (%v)", damage, err)
 	}
 }

@@ -199,15 +199,13 @@ const (
 	RequireCrossSigned TrustRequirement = "cross_signed"
 )
 
-// ParseTrustRequirement reads the word of the configuration; the empty one means [RequireNothing].
-func ParseTrustRequirement(word string) (TrustRequirement, error) {
-	switch r := TrustRequirement(word); r {
-	case "":
-		return RequireNothing, nil
-	case RequireNothing, RequireCrossSignedOrLegacy, RequireCrossSigned:
-		return r, nil
+// check fails for a word that is no requirement: nothing would be withheld by it. The empty one means [RequireNothing].
+func (r TrustRequirement) check() error {
+	switch r {
+	case "", RequireNothing, RequireCrossSignedOrLegacy, RequireCrossSigned:
+		return nil
 	default:
-		return "", fmt.Errorf("%q is not a trust requirement: use %s, %s or %s", word, RequireNothing, RequireCrossSignedOrLegacy, RequireCrossSigned)
+		return fmt.Errorf("cryptohook: %q is not a trust requirement: use %s, %s or %s", string(r), RequireNothing, RequireCrossSignedOrLegacy, RequireCrossSigned)
 	}
 }
 

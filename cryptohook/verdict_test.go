@@ -214,15 +214,17 @@ func TestTrustRequirementTable(t *testing.T) {
 	}
 }
 
-func TestParseTrustRequirement(t *testing.T) {
-	for word, want := range map[string]TrustRequirement{
-		"": RequireNothing, "untrusted": RequireNothing, "cross_signed_or_legacy": RequireCrossSignedOrLegacy, "cross_signed": RequireCrossSigned,
-	} {
-		if got, err := ParseTrustRequirement(word); got != want || err != nil {
-			t.Errorf("%q: %s (%v)", word, got, err)
-		}
+// With a word that is none, everything would be handed on.
+func TestHookIsNotInstalledWithAnUnknownTrustRequirement(t *testing.T) {
+	w := newTrustWorld(t)
+	w.stop()
+	for _, word := range []TrustRequirement{"", RequireNothing, RequireCrossSignedOrLegacy, RequireCrossSigned} {
+		w.options.Requirement = word
+		w.start()
+		w.stop()
 	}
-	if _, err := ParseTrustRequirement("Cross_Signed"); err == nil || !strings.Contains(err.Error(), "cross_signed_or_legacy") {
+	w.options.Requirement = "Cross_Signed"
+	if _, err := Install(w.ctx, w.client, w.options); err == nil || !strings.Contains(err.Error(), "cross_signed_or_legacy") {
 		t.Errorf("error %v: it has to name the words that there are", err)
 	}
 }

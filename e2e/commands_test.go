@@ -125,6 +125,8 @@ func TestStrangersAreToldWhoIsWho(t *testing.T) {
 	ask(t, alice, room, "", "!trust user "+bob.UserID.String(), bob.UserID.String()+" has not set up an identity.", bob.DeviceID.String()+": NOT confirmed")
 	ask(t, alice, room, "", "!trust user "+w.verified.UserID.String(), "is verified.", "my configuration names", groupsOfFour(w.verifiedKey.String()))
 	ask(t, alice, room, "", "!trust user "+w.bot.UserID.String(), "That is me.", "!trust status")
+	newRoom(t, true, w.bot, carol, w.verified) // whom the bot knows from there is not told here
+	ok(t, alice.Invite(within(t, patience), room, carol.UserID))
 	ask(t, alice, room, "", "!trust user "+carol.UserID.String(), carol.UserID.String()+" has not joined this room.")
 	ask(t, alice, room, "", "!trust user Bob", "is not a Matrix ID")
 	ask(t, alice, room, "", "!trust user @аlice:localhost", "has not joined this room", "U+0430")

@@ -311,11 +311,11 @@ func TestBackupIsRenewedAfterACrash(t *testing.T) {
 	p := must(proxy.Start(w.server.URL))(t)
 	t.Cleanup(p.Close)
 	bot := w.newBot(t, func(config botproc.Config) { config["homeserver"] = botproc.Config{"address": p.URL} })
-	s := &restoreStage{world: w, bot: bot}
-	client, ctx := s.login(t), within(t, 2*patience)
-	before := must(client.GetKeyBackupLatestVersion(ctx))(t)
+	other, ctx := w.login(t, bot.UserID.String(), people.Options{}), within(t, 2*patience)
+	before := must(other.Client.GetKeyBackupLatestVersion(ctx))(t)
 	_, _, err := bot.Stop(ctx)
 	ok(t, err)
+	must(other.BootstrapCrossSigning(ctx))(t) // somebody has got into the account: the bot has to have its identity replaced
 	ok(t, bot.Reconfigure(func(config botproc.Config) {
 		config["account"].(botproc.Config)["reset_identity"], config["account"].(botproc.Config)["recovery_key"] = true, "generate"
 	}))
@@ -334,11 +334,11 @@ func TestBackupIsRenewedAfterACrash(t *testing.T) {
 	ok(t, cut.Wait(ctx, 1))
 	bot.Kill()
 	cut.Remove()
-	if between := must(client.GetKeyBackupLatestVersion(ctx))(t); between.Version != before.Version {
+	if between := must(other.Client.GetKeyBackupLatestVersion(ctx))(t); between.Version != before.Version {
 		t.Fatal("the backup was renewed before the crash")
 	}
 	ok(t, bot.Restart(ctx))
-	if after := must(client.GetKeyBackupLatestVersion(ctx))(t); after.Version == before.Version || after.AuthData.PublicKey == before.AuthData.PublicKey {
+	if after := must(other.Client.GetKeyBackupLatestVersion(ctx))(t); after.Version == before.Version || after.AuthData.PublicKey == before.AuthData.PublicKey {
 		t.Errorf("the bot goes on with the former backup: %+v", after)
 	}
 }
