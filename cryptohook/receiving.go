@@ -3,21 +3,41 @@ package cryptohook
 import (
 	"context"
 	"crypto/sha256"
+	"encoding/base64"
 	"encoding/binary"
 	"fmt"
+	"maps"
+	"runtime"
+	"slices"
+	"sync"
+	"time"
 
 	"go.mau.fi/util/dbutil"
+	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 )
 
-// What the room keys of one /sync share, so that it is worked out once: a device that sends a hundred keys sends its own keys a hundred times.
+// What the room keys of one /sync share, so that it is looked up and worked out once: a device that sends a hundred keys sends its own keys a
+// hundred times.
 
-// receiving is what was worked out while one /sync is being received. Nothing is written meanwhile by the receiver; what others learn makes it
-// void. Only the receiving goroutine touches it.
+// receiving is what was looked up and worked out while one /sync is being received. Nothing is written meanwhile by the receiver; what others
+// learn about users' keys makes it void. Only the receiving goroutine touches it. It goes with the context of a message.
 type receiving struct {
-	hook  *Hook
-	known knowledge
-	walks map[senderOfWalk]*derivation
+	hook *Hook
+	// known is what walks and devices rest on.
+	known   knowledge
+	walks   map[senderOfWalk]*derivation
+	devices map[deviceOfKey]*id.Device
+	// hashes are the Olm messages that were asked for, with the time at which they were received before, if they were.
+	hashes map[[sha256.Size]byte]time.Time
+	// rooms are the encryption settings that were asked for; nil for a room that has none.
+	rooms map[id.RoomID]*event.EncryptionEventContent
+}
+
+// deviceOfKey is what mautrix asks for a device by.
+type deviceOfKey struct {
+	userID id.UserID
+	key    id.IdentityKey
 }
 
 // senderOfWalk is what a walk rests on: keys that share it are derived alike.
@@ -26,16 +46,39 @@ type senderOfWalk struct {
 	walkKey
 }
 
-func newReceiving(h *Hook) *receiving { return &receiving{hook: h} }
+func newReceiving(h *Hook) *receiving {
+	return &receiving{
+		hook: h, walks: make(map[senderOfWalk]*derivation), devices: make(map[deviceOfKey]*id.Device),
+		hashes: make(map[[sha256.Size]byte]time.Time), rooms: make(map[id.RoomID]*event.EncryptionEventContent),
+	}
+}
+
+// context marks the context of a message as [withReceiving] does, with what was looked up.
+func (r *receiving) context(ctx context.Context) context.Context {
+	return context.WithValue(ctx, receivingKey, r)
+}
+
+// receivingOf gives what goes with the context; nil if nothing does.
+func receivingOf(ctx context.Context) *receiving {
+	r, _ := ctx.Value(receivingKey).(*receiving)
+	return r
+}
+
+// renew makes void what rests on users' keys if something was learnt about them.
+func (r *receiving) renew() {
+	if r.known.outdated(r.hook) {
+		clear(r.walks)
+		clear(r.devices)
+		r.known = r.hook.knowledge()
+	}
+}
 
 // walkOf gives the walk through the steps that fits a key that is arriving, if there was one in this batch, and nothing was learnt since.
 func (r *receiving) walkOf(key senderOfWalk) *derivation {
 	if r == nil {
 		return nil
 	}
-	if r.walks == nil || r.known.outdated(r.hook) {
-		r.walks, r.known = make(map[senderOfWalk]*derivation), r.hook.knowledge()
-	}
+	r.renew()
 	return r.walks[key]
 }
 
@@ -44,6 +87,114 @@ func (r *receiving) keep(key senderOfWalk, walk *derivation) {
 	if r != nil {
 		r.walks[key] = walk
 	}
+}
+
+const getOlmHashesQuery = `SELECT message_hash, received_at FROM crypto_olm_message_hash WHERE message_hash IN ($1)`
+
+// lookUpHashes asks which of the events' Olm messages were received before, in one statement. Nobody else receives, so it stays true.
+func (r *receiving) lookUpHashes(ctx context.Context, events []*event.Event) error {
+	var wanted [][]byte
+	asked := make(map[[sha256.Size]byte]time.Time)
+	identityKey := r.hook.mach.GetAccount().IdentityKey()
+	for _, evt := range events {
+		content, encrypted := evt.Content.Parsed.(*event.EncryptedEventContent)
+		if !encrypted {
+			continue
+		}
+		message, err := base64.RawStdEncoding.DecodeString(content.OlmCiphertext[identityKey].Body)
+		if err != nil || len(message) == 0 {
+			continue
+		}
+		hash := sha256.Sum256(message)
+		asked[hash] = time.Time{}
+		wanted = append(wanted, hash[:])
+	}
+	type receivedHash struct {
+		hash       []byte
+		receivedAt int64
+	}
+	for some := range slices.Chunk(wanted, perStatement) {
+		known, err := queryAll(ctx, r.hook.store, getOlmHashesQuery, some, func(row dbutil.Scannable) (k receivedHash, err error) {
+			return k, row.Scan(&k.hash, &k.receivedAt)
+		})
+		if err != nil {
+			return fmt.Errorf("failed to look up which Olm messages were received before: %w", err)
+		}
+		for _, k := range known {
+			if len(k.hash) == sha256.Size {
+				asked[[sha256.Size]byte(k.hash)] = time.UnixMilli(k.receivedAt)
+			}
+		}
+	}
+	maps.Copy(r.hashes, asked)
+	return nil
+}
+
+// receivedAt says when an Olm message was received before, or not at all; looked is no if that was not looked up.
+func (r *receiving) receivedAt(hash [sha256.Size]byte) (at time.Time, looked bool) {
+	if r == nil {
+		return time.Time{}, false
+	}
+	at, looked = r.hashes[hash]
+	return at, looked
+}
+
+// received notes that an Olm message was received: the same one may be in the same /sync again.
+func (r *receiving) received(hash [sha256.Size]byte, at time.Time) {
+	if r != nil {
+		r.hashes[hash] = at
+	}
+}
+
+// device gives the device that mautrix's store has under a key, as find finds it at the first time.
+func (r *receiving) device(key deviceOfKey, find func() (*id.Device, error)) (*id.Device, error) {
+	if r == nil {
+		return find()
+	}
+	r.renew()
+	device, looked := r.devices[key]
+	if !looked {
+		var err error
+		if device, err = find(); err != nil {
+			return nil, err
+		}
+		r.devices[key] = device
+	}
+	if device == nil {
+		return nil, nil
+	}
+	copied := *device // mautrix writes into what it gets
+	return &copied, nil
+}
+
+// encryption gives the encryption settings of a room.
+func (r *receiving) encryption(ctx context.Context, h *Hook, roomID id.RoomID) (*event.EncryptionEventContent, error) {
+	if r == nil {
+		return h.mach.StateStore.GetEncryptionEvent(ctx, roomID)
+	}
+	config, looked := r.rooms[roomID]
+	if looked {
+		return config, nil
+	}
+	config, err := h.mach.StateStore.GetEncryptionEvent(ctx, roomID)
+	if err == nil {
+		r.rooms[roomID] = config
+	}
+	return config, err
+}
+
+// sideBySide does something for each of so many numbers, on all processors.
+func sideBySide(count int, do func(i int)) {
+	workers := min(count, runtime.GOMAXPROCS(0))
+	var group sync.WaitGroup
+	for first := range workers {
+		group.Go(func() {
+			for i := first; i < count; i += workers {
+				do(i)
+			}
+		})
+	}
+	group.Wait()
 }
 
 // notedSigners are the devices and signatures that were noted in the transaction that is open. It is touched in the unit of work's transactions

@@ -2,11 +2,16 @@ package cryptohook
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/base64"
 	"errors"
+	"fmt"
 	"testing"
+	"time"
 
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
 )
 
 // arriving is a room key as mautrix hands it to the hook, with the device's own keys in it.
@@ -72,6 +77,105 @@ func TestWalkIsNotSharedBeyondWhatWasLearnt(t *testing.T) {
 		t.Errorf("%d walks while something is being learnt", len(together.walks))
 	}
 	w.hook.learnt.Add(1)
+}
+
+// An Olm message that was received is known as that: before the /sync, in it, and when somebody else's commit has come in between.
+func TestOlmMessagesThatWereReceivedAreKnown(t *testing.T) {
+	w := newTrustWorld(t)
+	h := w.hook
+	h.uow.gateHeld = true // there is nobody to hold it against
+	events := make([]*event.Event, 3)
+	hashes := make([][sha256.Size]byte, len(events))
+	for i := range events {
+		message := []byte(fmt.Sprint("message ", i))
+		hashes[i] = sha256.Sum256(message)
+		events[i] = &event.Event{Content: event.Content{Parsed: &event.EncryptedEventContent{OlmCiphertext: event.OlmCiphertexts{
+			h.mach.GetAccount().IdentityKey(): {Body: base64.RawStdEncoding.EncodeToString(message)},
+		}}}}
+	}
+	known := func(r *receiving, i int) bool {
+		t.Helper()
+		return !must(h.uow.GetOlmHash(r.context(t.Context()), hashes[i])).IsZero()
+	}
+	put := func(r *receiving, i int) {
+		t.Helper()
+		if err := h.uow.PutOlmHash(r.context(t.Context()), hashes[i], time.UnixMilli(7)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	first := newReceiving(h)
+	put(first, 0)
+	if err := h.uow.flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	second := newReceiving(h)
+	odd := &event.Event{Content: event.Content{Parsed: &event.EncryptedEventContent{OlmCiphertext: event.OlmCiphertexts{
+		h.mach.GetAccount().IdentityKey(): {Body: "no base64!"},
+	}}}}
+	if err := second.lookUpHashes(t.Context(), append(events[:2:2], odd, &event.Event{})); err != nil {
+		t.Fatal(err)
+	}
+	if len(second.hashes) != 2 || !known(second, 0) || known(second, 1) {
+		t.Errorf("looked up: %v", second.hashes)
+	}
+	put(second, 1)
+	if err := h.uow.flush(t.Context()); err != nil { // as an encryptor does it
+		t.Fatal(err)
+	}
+	if !known(second, 1) {
+		t.Error("a message is not known any more after a commit")
+	}
+	if known(second, 2) {
+		t.Error("a message that was not looked up is known")
+	}
+	h.uow.gateHeld = false
+}
+
+// mautrix writes into the device that it gets, and another one may be there once something was learnt.
+func TestDevicesAreLookedUpOnceUntilSomethingIsLearnt(t *testing.T) {
+	w := newTrustWorld(t)
+	r := newReceiving(w.hook)
+	looked := 0
+	find := func() (*id.Device, error) {
+		looked++
+		return &id.Device{DeviceID: "PHONE"}, nil
+	}
+	for range 2 {
+		device := must(r.device(deviceOfKey{"@alice:test", "k"}, find))
+		if device.Trust != id.TrustStateUnset {
+			t.Errorf("the device is as somebody has left it: %v", device.Trust)
+		}
+		device.Trust = id.TrustStateDeviceKeyMismatch
+	}
+	must(r.device(deviceOfKey{"@alice:test", "l"}, find))
+	must(r.device(deviceOfKey{"@bob:test", "k"}, find))
+	if looked != 3 {
+		t.Errorf("looked %d times for three devices", looked)
+	}
+	w.hook.learntInPassing()
+	must(r.device(deviceOfKey{"@alice:test", "k"}, find))
+	if looked != 4 {
+		t.Errorf("looked %d times after something was learnt", looked)
+	}
+	failed := errors.New("the database is gone")
+	if _, err := r.device(deviceOfKey{"@carol:test", "k"}, func() (*id.Device, error) { return nil, failed }); !errors.Is(err, failed) {
+		t.Errorf("the error is %v", err)
+	}
+	if device, err := r.device(deviceOfKey{"@carol:test", "k"}, func() (*id.Device, error) { return nil, nil }); device != nil || err != nil {
+		t.Errorf("found %v (%v)", device, err)
+	}
+}
+
+func TestSideBySideDoesAllOnce(t *testing.T) {
+	for _, count := range []int{0, 1, 2, 1000} {
+		done := make([]int, count)
+		sideBySide(count, func(i int) { done[i]++ })
+		for i, times := range done {
+			if times != 1 {
+				t.Errorf("%d of %d was done %d times", i, count, times)
+			}
+		}
+	}
 }
 
 // A device and its signatures are noted once in a transaction, and again in the next one if that came to nothing.

@@ -107,8 +107,8 @@ const (
 	`
 	getOutdatedOfQuery = `SELECT user_id FROM crypto_tracked_user WHERE devices_outdated=true AND user_id IN ($1)`
 
-	// usersPerStatement keeps a statement below the number of parameters that databases take.
-	usersPerStatement = 500
+	// perStatement keeps a statement below the number of parameters that databases take.
+	perStatement = 500
 )
 
 // User gives what is known of a user, from what is stored: nobody is asked. It is nil if nothing is known.
@@ -181,7 +181,7 @@ func (h *Hook) Standings(ctx context.Context, users []id.UserID) (map[id.UserID]
 	for _, userID := range users {
 		standings[userID] = UserStanding{UserID: userID, Standing: StandingUnverified, Outdated: h.resolver.pending(userID)}
 	}
-	for chunk := range slices.Chunk(slices.Collect(maps.Keys(standings)), usersPerStatement) {
+	for chunk := range slices.Chunk(slices.Collect(maps.Keys(standings)), perStatement) {
 		if err := h.store.readStandings(ctx, h.anchor(), chunk, standings); err != nil {
 			return nil, err
 		}
@@ -191,7 +191,7 @@ func (h *Hook) Standings(ctx context.Context, users []id.UserID) (map[id.UserID]
 
 // readStandings puts into standings what is stored of these users.
 func (s *store) readStandings(ctx context.Context, anchor trustAnchor, users []id.UserID, standings map[id.UserID]UserStanding) error {
-	identities, err := queryUsers(ctx, s, getIdentitiesQuery, users, scanIdentity)
+	identities, err := queryAll(ctx, s, getIdentitiesQuery, users, scanIdentity)
 	if err != nil {
 		return err
 	}
@@ -201,7 +201,7 @@ func (s *store) readStandings(ctx context.Context, anchor trustAnchor, users []i
 		standing.Standing, standing.Changed = anchor.judge(identity), identity.MasterKey != identity.FirstMasterKey
 		standings[identity.UserID] = standing
 	}
-	counts, err := queryUsers(ctx, s, countDevicesQuery, users, func(row dbutil.Scannable) (count UserStanding, err error) {
+	counts, err := queryAll(ctx, s, countDevicesQuery, users, func(row dbutil.Scannable) (count UserStanding, err error) {
 		var living int
 		err = row.Scan(&count.UserID, &living, &count.Signed)
 		count.Unsigned = living - count.Signed
@@ -215,7 +215,7 @@ func (s *store) readStandings(ctx context.Context, anchor trustAnchor, users []i
 		standing.Known, standing.Signed, standing.Unsigned = true, count.Signed, count.Unsigned
 		standings[count.UserID] = standing
 	}
-	outdated, err := queryUsers(ctx, s, getOutdatedOfQuery, users, dbutil.ScanSingleColumn[id.UserID])
+	outdated, err := queryAll(ctx, s, getOutdatedOfQuery, users, dbutil.ScanSingleColumn[id.UserID])
 	if err != nil {
 		return err
 	}
@@ -227,16 +227,16 @@ func (s *store) readStandings(ctx context.Context, anchor trustAnchor, users []i
 	return nil
 }
 
-// queryUsers runs a statement whose only parameter stands for the users.
-func queryUsers[T any](ctx context.Context, s *store, query string, users []id.UserID, scan dbutil.ConvertRowFn[T]) ([]T, error) {
-	placeholders, params := make([]string, len(users)), make([]any, len(users))
-	for i, userID := range users {
-		placeholders[i], params[i] = fmt.Sprintf("$%d", i+1), userID
+// queryAll runs a statement whose only parameter stands for many values, perStatement at most.
+func queryAll[V, T any](ctx context.Context, s *store, query string, values []V, scan dbutil.ConvertRowFn[T]) ([]T, error) {
+	placeholders, params := make([]string, len(values)), make([]any, len(values))
+	for i, value := range values {
+		placeholders[i], params[i] = fmt.Sprintf("$%d", i+1), value
 	}
 	rows, err := s.Query(ctx, strings.Replace(query, "$1", strings.Join(placeholders, ", "), 1), params...)
 	list, err := dbutil.NewRowIterWithError(rows, scan, err).AsList()
 	if err != nil {
-		return nil, fmt.Errorf("failed to read what is known of %d users: %w", len(users), err)
+		return nil, fmt.Errorf("failed to look %d up at once: %w", len(values), err)
 	}
 	return list, nil
 }

@@ -184,7 +184,7 @@ func TestIdentitysObjectsAreKeptAsTheyWereSigned(t *testing.T) {
 func TestStandingsOfManyUsersAreReadTogether(t *testing.T) {
 	w, alice, mallory := twoPeople(t)
 	users := []id.UserID{"@alice:test", "@mallory:test", "@alice:test"}
-	for i := range 2*usersPerStatement + 10 {
+	for i := range 2*perStatement + 10 {
 		users = append(users, id.UserID(fmt.Sprintf("@somebody%d:test", i)))
 	}
 	standings := must(w.hook.Standings(w.ctx, users))

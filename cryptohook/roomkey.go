@@ -56,7 +56,7 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event, r *receiv
 		return nil, nil
 	}
 	defer h.uow.endMessage()
-	receiving := withReceiving(ctx)
+	receiving := r.context(ctx)
 	intercepted := *evt
 	intercepted.Type.Class = interceptedClass
 	decrypted := h.handleEncrypted(receiving, &intercepted)
@@ -194,7 +194,7 @@ func (h *Hook) parseRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEv
 }
 
 func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent) (maxAge time.Duration, maxMessages int) {
-	config, err := h.mach.StateStore.GetEncryptionEvent(ctx, content.RoomID)
+	config, err := receivingOf(ctx).encryption(ctx, h, content.RoomID)
 	if err != nil {
 		zerolog.Ctx(ctx).Err(err).Msg("Failed to get the encryption event of the room")
 	}

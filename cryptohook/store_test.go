@@ -20,7 +20,7 @@ var everyQuery = map[string]string{
 	"getHoldersRoomQuery": getHoldersRoomQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
 	"getNextRetryQuery": getNextRetryQuery, "insertSenderQuery": insertSenderQuery, "upsertClaimQuery": upsertClaimQuery, "deleteClaimQuery": deleteClaimQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
 	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
-	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery, "getWithdrawnQuery": getWithdrawnQuery,
+	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery, "getWithdrawnQuery": getWithdrawnQuery, "getOlmHashesQuery": getOlmHashesQuery,
 	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getSignaturesQuery": getSignaturesQuery,
 	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
 	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,

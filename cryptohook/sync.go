@@ -175,15 +175,23 @@ func withoutNulls(events []*event.Event) []*event.Event {
 func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed []*event.Event, err error) {
 	var left []*event.Event
 	receiving := newReceiving(h)
-	for _, evt := range resp.ToDevice.Events {
+	unreadable := make([]error, len(resp.ToDevice.Events))
+	sideBySide(len(resp.ToDevice.Events), func(i int) {
+		evt := resp.ToDevice.Events[i]
+		evt.Type.Class = event.ToDeviceEventType
+		unreadable[i] = evt.Content.ParseRaw(evt.Type)
+	})
+	if err = receiving.lookUpHashes(ctx, resp.ToDevice.Events); err != nil {
+		return nil, h.uow.breakWith(err)
+	}
+	for i, evt := range resp.ToDevice.Events {
 		log := h.log.With().Stringer("sender", evt.Sender).Str("to_device_type", evt.Type.Type).Logger()
 		ctx := log.WithContext(ctx)
 		if evt.ToUserID != "" && (evt.ToUserID != h.client.UserID || evt.ToDeviceID != h.client.DeviceID) {
 			log.Warn().Stringer("to_user_id", evt.ToUserID).Stringer("to_device_id", evt.ToDeviceID).Msg("Ignoring a to-device event for another device")
 			continue
 		}
-		evt.Type.Class = event.ToDeviceEventType
-		if err := evt.Content.ParseRaw(evt.Type); err != nil && !errors.Is(err, event.ErrUnsupportedContentType) {
+		if err := unreadable[i]; err != nil && !errors.Is(err, event.ErrUnsupportedContentType) {
 			log.Warn().Err(err).Msg("Ignoring a to-device event that cannot be parsed")
 			continue
 		}

@@ -307,11 +307,15 @@ func (u *unitOfWork) GetOlmHash(ctx context.Context, hash [32]byte) (time.Time, 
 	if received, staged := u.hashes[hash]; staged {
 		return received, nil
 	}
+	if received, looked := receivingOf(ctx).receivedAt(hash); looked {
+		return received, nil
+	}
 	received, err := u.SQLCryptoStore.GetOlmHash(ctx, hash)
 	return received, u.fail(ctx, err)
 }
 
-func (u *unitOfWork) PutOlmHash(_ context.Context, hash [32]byte, received time.Time) error {
+func (u *unitOfWork) PutOlmHash(ctx context.Context, hash [32]byte, received time.Time) error {
+	receivingOf(ctx).received(hash, received)
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.hashes[hash] = received
@@ -327,7 +331,9 @@ func (u *unitOfWork) FindDeviceByKey(ctx context.Context, userID id.UserID, iden
 	if isDecrypting(ctx) {
 		return nil, nil
 	}
-	device, err := u.SQLCryptoStore.FindDeviceByKey(ctx, userID, identityKey)
+	device, err := receivingOf(ctx).device(deviceOfKey{userID, identityKey}, func() (*id.Device, error) {
+		return u.SQLCryptoStore.FindDeviceByKey(ctx, userID, identityKey)
+	})
 	if err != nil {
 		return nil, u.failLocked(ctx, err)
 	}

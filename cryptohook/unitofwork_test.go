@@ -189,8 +189,8 @@ func (r *receiver) limitPages(t *testing.T, pages int) {
 	}
 }
 
-// TestFailedReadBreaksTheUnitOfWork has a read fail from the second message on. mautrix would log that and go on without the
-// message, as if it could not be decrypted.
+// TestFailedReadBreaksTheUnitOfWork has a read fail from the second message on, or, of the messages that were received before, from the
+// beginning: they are looked up at once. mautrix would log that and go on without the message, as if it could not be decrypted.
 func TestFailedReadBreaksTheUnitOfWork(t *testing.T) {
 	for _, table := range []string{
 		"crypto_olm_message_hash", "crypto_olm_session", "crypto_device", "crypto_megolm_inbound_session", "crypto_tracked_user",
@@ -202,6 +202,9 @@ func TestFailedReadBreaksTheUnitOfWork(t *testing.T) {
 				defer cancel()
 				s, net, r, _ := faultyStory(t)
 				before := dumpFile(t, s)
+				if table == "crypto_olm_message_hash" {
+					fail()
+				}
 				messages := 0
 				r.mach.CryptoStore = &watched{unitOfWork: r.uow, beforeMessage: func() {
 					if messages++; messages == 2 {
