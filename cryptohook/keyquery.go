@@ -156,17 +156,21 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (f
 		}
 	}
 	h.observeOwn(asked, number, &answer)
+	users, err := h.checkPublished(ctx, asked, &answer)
+	if err != nil {
+		return nil, fmt.Errorf("failed to check the keys that users publish: %w", err)
+	}
 	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
 	err = h.learn(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		answered = answered[:0]
-		for userID, devices := range asked.DeviceKeys {
-			if _, ok := answer.DeviceKeys[userID]; !ok || !h.questions.answers(userID, number) {
+		for _, user := range users {
+			if !h.questions.answers(user.userID, number) {
 				continue
 			}
-			if err := h.storePublished(ctx, userID, &answer, len(devices) == 0); err != nil {
+			if err := h.storePublished(ctx, user, &answer, len(asked.DeviceKeys[user.userID]) == 0); err != nil {
 				return err
 			}
-			answered = append(answered, userID)
+			answered = append(answered, user.userID)
 		}
 		return nil
 	})
@@ -182,26 +186,28 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (f
 
 // storePublished stores one user's devices and identity, and judges the user's proven sessions by them. complete says that all
 // devices were asked for.
-func (h *Hook) storePublished(ctx context.Context, userID id.UserID, answer *keyQuery, complete bool) error {
-	log := h.log.With().Stringer("user_id", userID).Logger()
+func (h *Hook) storePublished(ctx context.Context, user *publishedUser, answer *keyQuery, complete bool) error {
+	log := h.log.With().Stringer("user_id", user.userID).Logger()
 	ctx = log.WithContext(ctx)
-	if err := h.storeDevices(ctx, userID, answer.DeviceKeys[userID], complete); err != nil {
+	if err := h.storeDevices(ctx, user, complete); err != nil {
 		return err
 	}
 	anchor := h.anchor()
-	published, err := anchor.readIdentity(userID, answer.MasterKeys[userID], answer.SelfSigningKeys[userID])
-	if err != nil {
-		log.Warn().Err(err).Msg("The server publishes a cross-signing key that is not valid")
+	if anchor.userSigningKey != user.userSigningKey {
+		user.checkIdentity(anchor, answer)
 	}
-	identity, err := h.store.identity(ctx, userID)
-	if err != nil || identity == nil && published == nil {
+	if user.identityFault != nil {
+		log.Warn().Err(user.identityFault).Msg("The server publishes a cross-signing key that is not valid")
+	}
+	identity, err := h.store.identity(ctx, user.userID)
+	if err != nil || identity == nil && user.identity == nil {
 		return err
 	}
-	if published != nil {
-		if identity, err = h.mergePublished(ctx, userID, identity, published); err != nil {
+	if user.identity != nil {
+		if identity, err = h.mergePublished(ctx, user.userID, identity, user.identity); err != nil {
 			return err
 		}
-		if err = h.keepObjects(ctx, userID, answer, published); err != nil {
+		if err = h.keepObjects(ctx, user.userID, answer, user.identity); err != nil {
 			return err
 		}
 	}
@@ -248,56 +254,42 @@ func (h *Hook) keepObjects(ctx context.Context, userID id.UserID, answer *keyQue
 
 // storeDevices stores the devices that a user publishes, and notes who has signed them: also keys that nobody knows yet, since they may
 // turn out to be the user's when the device is gone.
-func (h *Hook) storeDevices(ctx context.Context, userID id.UserID, devices map[id.DeviceID]json.RawMessage, complete bool) error {
-	type published struct {
-		identityKey id.IdentityKey
-		signingKey  id.Ed25519
-		raw         json.RawMessage
-		keys        *mautrix.DeviceKeys
-	}
-	valid := make(map[id.DeviceID]published, len(devices))
+func (h *Hook) storeDevices(ctx context.Context, user *publishedUser, complete bool) error {
+	var valid []*publishedDevice
 	var kept []id.DeviceID
-	for deviceID, raw := range devices {
-		log := zerolog.Ctx(ctx).With().Stringer("device_id", deviceID).Logger()
-		keys, err := parseDeviceKeys(raw, userID, deviceID)
-		if err != nil {
-			log.Warn().Err(err).Msg("The server publishes device keys that are not valid")
+	for _, device := range user.devices {
+		log := zerolog.Ctx(ctx).With().Stringer("device_id", device.deviceID).Logger()
+		if device.fault != nil {
+			log.Warn().Err(device.fault).Msg("The server publishes device keys that are not valid")
 			continue
 		}
-		signingKey := keys.Keys.GetEd25519(deviceID)
-		known, err := h.store.signingKey(ctx, userID, deviceID)
+		known, err := h.store.signingKey(ctx, user.userID, device.deviceID)
 		if err != nil {
 			return err
 		}
-		if known != "" && known != signingKey {
+		if known != "" && known != device.signingKey {
 			log.Error().Err(errSigningKeyChanged).Msg("Ignoring a device's new keys")
-			kept = append(kept, deviceID)
+			kept = append(kept, device.deviceID)
 			continue
 		}
-		valid[deviceID] = published{keys.Keys.GetCurve25519(deviceID), signingKey, raw, keys}
+		valid = append(valid, device)
 	}
 	if complete {
-		if err := h.store.markDevicesDeleted(ctx, userID); err != nil {
+		if err := h.store.markDevicesDeleted(ctx, user.userID); err != nil {
 			return err
 		}
 	}
 	for _, deviceID := range kept {
-		if err := h.store.keepDevice(ctx, userID, deviceID); err != nil {
+		if err := h.store.keepDevice(ctx, user.userID, deviceID); err != nil {
 			return err
 		}
 	}
-	seen, err := h.store.signatures(ctx, userID)
-	if err != nil {
-		return err
-	}
-	for deviceID, device := range valid {
-		if err := h.store.putDevice(ctx, userID, deviceID, device.identityKey, device.signingKey, device.raw); err != nil {
+	for _, device := range valid {
+		if err := h.store.putDevice(ctx, user.userID, device.deviceID, device.identityKey, device.signingKey, device.raw); err != nil {
 			return err
 		}
-		for _, signer := range validSigners(device.raw, device.keys, func(signer id.Ed25519) bool {
-			return !seen[signature{userID, device.identityKey, device.signingKey, signer}]
-		}) {
-			if _, err := h.store.putSignature(ctx, signature{userID, device.identityKey, device.signingKey, signer}, device.raw); err != nil {
+		for _, signer := range device.signers {
+			if _, err := h.store.putSignature(ctx, signature{user.userID, device.identityKey, device.signingKey, signer}, device.raw); err != nil {
 				return err
 			}
 		}

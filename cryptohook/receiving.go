@@ -183,18 +183,29 @@ func (r *receiving) encryption(ctx context.Context, h *Hook, roomID id.RoomID) (
 	return config, err
 }
 
-// sideBySide does something for each of so many numbers, on all processors.
+// sideBySide does something for each of so many numbers, on all processors. It panics as any of it does.
 func sideBySide(count int, do func(i int)) {
 	workers := min(count, runtime.GOMAXPROCS(0))
 	var group sync.WaitGroup
+	panics := make(chan any, workers)
 	for first := range workers {
 		group.Go(func() {
+			defer func() {
+				if reason := recover(); reason != nil {
+					panics <- reason
+				}
+			}()
 			for i := first; i < count; i += workers {
 				do(i)
 			}
 		})
 	}
 	group.Wait()
+	select {
+	case reason := <-panics:
+		panic(reason)
+	default:
+	}
 }
 
 // notedSigners are the devices and signatures that were noted in the transaction that is open. It is touched in the unit of work's transactions

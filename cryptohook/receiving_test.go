@@ -176,6 +176,16 @@ func TestSideBySideDoesAllOnce(t *testing.T) {
 			}
 		}
 	}
+	defer func() {
+		if reason := recover(); reason != "one of them" {
+			t.Errorf("the panic was %v", reason)
+		}
+	}()
+	sideBySide(10, func(i int) {
+		if i == 7 {
+			panic("one of them")
+		}
+	})
 }
 
 // A device and its signatures are noted once in a transaction, and again in the next one if that came to nothing.

@@ -38,7 +38,7 @@ func TestJunkInRoomEventsIsSurvived(t *testing.T) {
 	alice, masterKey := w.newStranger(t, "alice")
 	mallory, _ := w.newStranger(t, "mallory")
 	room := newRoom(t, true, bot, alice, mallory)
-	ctx := within(t, 2*patience)
+	ctx := within(t, 5*patience)
 	session := must(mallory.NewSession(room))(t)
 	ok(t, mallory.ShareKey(ctx, session, bot.UserID))
 	valid := must(mallory.Encrypt(session, "m.room.message", map[string]any{

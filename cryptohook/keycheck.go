@@ -1,0 +1,78 @@
+package cryptohook
+
+import (
+	"context"
+	"encoding/json"
+
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/id"
+)
+
+// What a /keys/query answer has of a user is checked before the transaction that stores it: signatures take most of the time, and depend on
+// nothing but what they are of. They are checked on all processors.
+
+// publishedUser is what a /keys/query answer has of a user, checked.
+type publishedUser struct {
+	userID  id.UserID
+	devices []*publishedDevice
+	// identity is what trustAnchor.readIdentity reads with that user-signing key of ours.
+	identity       *publishedIdentity
+	identityFault  error
+	userSigningKey id.Ed25519
+}
+
+// publishedDevice is a device in a /keys/query answer. Where it has a fault, nothing else of it counts.
+type publishedDevice struct {
+	deviceID    id.DeviceID
+	raw         json.RawMessage
+	fault       error
+	identityKey id.IdentityKey
+	signingKey  id.Ed25519
+	// signers are those whose signatures are valid, and were not noted before.
+	signers []id.Ed25519
+}
+
+// checkPublished checks what is published of those who were asked about. The error is one of the database's.
+func (h *Hook) checkPublished(ctx context.Context, asked *mautrix.ReqQueryKeys, answer *keyQuery) ([]*publishedUser, error) {
+	var users []*publishedUser
+	var checks []func()
+	anchor := h.anchor()
+	for userID := range asked.DeviceKeys {
+		devices, answered := answer.DeviceKeys[userID]
+		if !answered {
+			continue
+		}
+		// Nobody takes a signature away: what was noted is there when the answer is stored.
+		noted, err := h.store.signatures(ctx, userID)
+		if err != nil {
+			return nil, err
+		}
+		user := &publishedUser{userID: userID}
+		users = append(users, user)
+		checks = append(checks, func() { user.checkIdentity(anchor, answer) })
+		for deviceID, raw := range devices {
+			device := &publishedDevice{deviceID: deviceID, raw: raw}
+			user.devices = append(user.devices, device)
+			checks = append(checks, func() { device.check(userID, noted) })
+		}
+	}
+	sideBySide(len(checks), func(i int) { checks[i]() })
+	return users, nil
+}
+
+func (user *publishedUser) checkIdentity(anchor trustAnchor, answer *keyQuery) {
+	user.userSigningKey = anchor.userSigningKey
+	user.identity, user.identityFault = anchor.readIdentity(user.userID, answer.MasterKeys[user.userID], answer.SelfSigningKeys[user.userID])
+}
+
+func (device *publishedDevice) check(userID id.UserID, noted map[signature]bool) {
+	keys, err := parseDeviceKeys(device.raw, userID, device.deviceID)
+	if err != nil {
+		device.fault = err
+		return
+	}
+	device.identityKey, device.signingKey = keys.Keys.GetCurve25519(device.deviceID), keys.Keys.GetEd25519(device.deviceID)
+	device.signers = validSigners(device.raw, keys, func(signer id.Ed25519) bool {
+		return !noted[signature{userID, device.identityKey, device.signingKey, signer}]
+	})
+}
