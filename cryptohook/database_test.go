@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -144,5 +145,5 @@ func openDatabase(driver, at string) (*dbutil.Database, error) {
 	if strings.HasPrefix(at, "postgres://") {
 		return OpenPostgres(at)
 	}
-	return dbutil.NewWithDialect("file:"+at+"?_txlock=immediate", driver)
+	return dbutil.NewWithDialect("file:"+(&url.URL{Path: at}).EscapedPath()+"?_txlock=immediate", driver)
 }

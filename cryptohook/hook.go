@@ -90,6 +90,9 @@ type Hook struct {
 	// judgedPending and noted are written in the unit of work's transactions only.
 	judgedPending pendingJudged
 	noted         notedSigners
+	signatures    checkedSignatures
+	// oneByOne has nothing be received together, for tests that look at each message.
+	oneByOne bool
 	// background are goroutines that answer other devices' requests.
 	background sync.WaitGroup
 	// kept are the guards of the sessions in the unit of work; only the syncing goroutine touches them.

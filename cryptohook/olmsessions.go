@@ -72,6 +72,9 @@ func (u *unitOfWork) scanOlmSession(row dbutil.Scannable) (*crypto.OlmSession, e
 }
 
 func (u *unitOfWork) HasSession(ctx context.Context, senderKey id.SenderKey) bool {
+	if lockHolderOf(ctx) != nil {
+		return true
+	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	records, err := u.records(ctx, senderKey)
@@ -95,6 +98,9 @@ func (u *unitOfWork) GetSessions(ctx context.Context, senderKey id.SenderKey) (c
 }
 
 func (u *unitOfWork) GetLatestSession(ctx context.Context, senderKey id.SenderKey) (*crypto.OlmSession, error) {
+	if holder := lockHolderOf(ctx); holder != nil {
+		return nil, holder.runLocked()
+	}
 	sessions, err := u.GetSessions(ctx, senderKey)
 	if err != nil || len(sessions) == 0 {
 		return nil, err

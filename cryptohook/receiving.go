@@ -3,7 +3,6 @@ package cryptohook
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/binary"
 	"fmt"
 	"maps"
@@ -30,6 +29,12 @@ type receiving struct {
 	devices map[deviceOfKey]*id.Device
 	// hashes are the Olm messages that were asked for, with the time at which they were received before, if they were.
 	hashes map[[sha256.Size]byte]time.Time
+	// messages are the Olm messages in the events.
+	messages map[*event.Event]*olmMessage
+	// oneByOne says that nothing more of the /sync is to be received together, and pause that so many events are not, after attempts that
+	// were in vain.
+	oneByOne      bool
+	pause, inVain int
 	// rooms are the encryption settings that were asked for; nil for a room that has none.
 	rooms map[id.RoomID]*event.EncryptionEventContent
 }
@@ -49,7 +54,7 @@ type senderOfWalk struct {
 func newReceiving(h *Hook) *receiving {
 	return &receiving{
 		hook: h, walks: make(map[senderOfWalk]*derivation), devices: make(map[deviceOfKey]*id.Device),
-		hashes: make(map[[sha256.Size]byte]time.Time), rooms: make(map[id.RoomID]*event.EncryptionEventContent),
+		messages: make(map[*event.Event]*olmMessage), hashes: make(map[[sha256.Size]byte]time.Time), rooms: make(map[id.RoomID]*event.EncryptionEventContent),
 	}
 }
 
@@ -91,23 +96,16 @@ func (r *receiving) keep(key senderOfWalk, walk *derivation) {
 
 const getOlmHashesQuery = `SELECT message_hash, received_at FROM crypto_olm_message_hash WHERE message_hash IN ($1)`
 
-// lookUpHashes asks which of the events' Olm messages were received before, in one statement. Nobody else receives, so it stays true.
+// lookUpHashes reads the events' Olm messages, and asks which of them were received before, in one statement. Nobody else receives, so it stays true.
 func (r *receiving) lookUpHashes(ctx context.Context, events []*event.Event) error {
 	var wanted [][]byte
 	asked := make(map[[sha256.Size]byte]time.Time)
-	identityKey := r.hook.mach.GetAccount().IdentityKey()
 	for _, evt := range events {
-		content, encrypted := evt.Content.Parsed.(*event.EncryptedEventContent)
-		if !encrypted {
-			continue
+		if m := r.hook.olmMessageIn(evt); m != nil {
+			r.messages[evt] = m
+			asked[m.hash] = time.Time{}
+			wanted = append(wanted, m.hash[:])
 		}
-		message, err := base64.RawStdEncoding.DecodeString(content.OlmCiphertext[identityKey].Body)
-		if err != nil || len(message) == 0 {
-			continue
-		}
-		hash := sha256.Sum256(message)
-		asked[hash] = time.Time{}
-		wanted = append(wanted, hash[:])
 	}
 	type receivedHash struct {
 		hash       []byte

@@ -89,8 +89,8 @@ func TestOlmMessagesThatWereReceivedAreKnown(t *testing.T) {
 	for i := range events {
 		message := []byte(fmt.Sprint("message ", i))
 		hashes[i] = sha256.Sum256(message)
-		events[i] = &event.Event{Content: event.Content{Parsed: &event.EncryptedEventContent{OlmCiphertext: event.OlmCiphertexts{
-			h.mach.GetAccount().IdentityKey(): {Body: base64.RawStdEncoding.EncodeToString(message)},
+		events[i] = &event.Event{Content: event.Content{Parsed: &event.EncryptedEventContent{Algorithm: id.AlgorithmOlmV1, OlmCiphertext: event.OlmCiphertexts{
+			h.mach.GetAccount().IdentityKey(): {Type: id.OlmMsgTypeMsg, Body: base64.RawStdEncoding.EncodeToString(message)},
 		}}}}
 	}
 	known := func(r *receiving, i int) bool {
@@ -109,8 +109,8 @@ func TestOlmMessagesThatWereReceivedAreKnown(t *testing.T) {
 		t.Fatal(err)
 	}
 	second := newReceiving(h)
-	odd := &event.Event{Content: event.Content{Parsed: &event.EncryptedEventContent{OlmCiphertext: event.OlmCiphertexts{
-		h.mach.GetAccount().IdentityKey(): {Body: "no base64!"},
+	odd := &event.Event{Content: event.Content{Parsed: &event.EncryptedEventContent{Algorithm: id.AlgorithmOlmV1, OlmCiphertext: event.OlmCiphertexts{
+		h.mach.GetAccount().IdentityKey(): {Type: id.OlmMsgTypeMsg, Body: "no base64!"},
 	}}}}
 	if err := second.lookUpHashes(t.Context(), append(events[:2:2], odd, &event.Event{})); err != nil {
 		t.Fatal(err)

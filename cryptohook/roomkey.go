@@ -102,22 +102,43 @@ func (h *Hook) handleEncrypted(ctx context.Context, evt *event.Event) (decrypted
 	return h.mach.HandleEncryptedEvent(ctx, evt)
 }
 
+// arrivedKey is an m.room_key that was read.
+type arrivedKey struct {
+	olmEvent *crypto.DecryptedOlmEvent
+	session  *crypto.InboundGroupSession
+	content  *event.RoomKeyEventContent
+	// embedded are the sender_device_keys of the Olm message, if it has them.
+	embedded json.RawMessage
+	// fault is why it is skipped.
+	fault error
+}
+
 // receiveRoomKey stores the Megolm session of an m.room_key together with who sent it. It does what mautrix's receiveRoomKey
 // does, and derives the sender by the steps A–J on the way.
 func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent, r *receiving) error {
+	arrived := &arrivedKey{olmEvent: olmEvent}
+	arrived.readDevice()
+	arrived.read()
+	return h.takeRoomKey(ctx, arrived, r)
+}
+
+// takeRoomKey is receiveRoomKey for a key that was read.
+func (h *Hook) takeRoomKey(ctx context.Context, arrived *arrivedKey, r *receiving) error {
 	faultpoint.Reach("decrypted")
 	log := zerolog.Ctx(ctx)
-	session, content, err := h.parseRoomKey(ctx, olmEvent)
-	if err != nil {
-		log.Warn().Err(err).Msg("Skipping a room key that is not valid")
+	if arrived.fault != nil {
+		log.Warn().Err(arrived.fault).Msg("Skipping a room key that is not valid")
 		return nil
 	}
+	session, content := arrived.session, arrived.content
+	maxAge, maxMessages := h.rotation(ctx, content)
+	session.MaxAge, session.MaxMessages = maxAge.Milliseconds(), maxMessages
 	logger := log.With().Stringer("room_id", session.RoomID).Stringer("session_id", session.ID()).Logger()
 	log, ctx = &logger, logger.WithContext(ctx)
 
 	guard := h.sessions.TryLock(session.ID())
 	known := h.knowledge()
-	sender, err := h.deriveSender(ctx, session, olmEvent, guard != nil, r)
+	sender, err := h.deriveSender(ctx, arrived, guard != nil, r)
 	if err != nil {
 		guard.Unlock()
 		return err
@@ -154,7 +175,7 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 	h.uow.stage(func(ctx context.Context) (err error) {
 		// The sender's keys may have come since: what they changed does not know this session yet.
 		if known.outdated(h) {
-			if sender, err = h.deriveSender(ctx, session, olmEvent, guard != nil, nil); err != nil {
+			if sender, err = h.deriveSender(ctx, arrived, guard != nil, nil); err != nil {
 				return err
 			}
 		}
@@ -168,29 +189,43 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 	return nil
 }
 
-// parseRoomKey makes the Megolm session, with mautrix's checks.
-func (h *Hook) parseRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent) (*crypto.InboundGroupSession, *event.RoomKeyEventContent, error) {
-	var content event.RoomKeyEventContent
-	if err := json.Unmarshal(olmEvent.Content.VeryRaw, &content); err != nil {
-		return nil, nil, fmt.Errorf("failed to parse the room key: %w", err)
+// readDevice reads the device keys that the message holds.
+func (k *arrivedKey) readDevice() {
+	if k.olmEvent.SenderDeviceKeys == nil {
+		return
 	}
-	if content.Algorithm != id.AlgorithmMegolmV1 {
-		return nil, nil, errNotMegolm
+	var err error
+	if k.embedded, err = json.Marshal(k.olmEvent.SenderDeviceKeys); err != nil {
+		k.fault = fmt.Errorf("failed to marshal sender_device_keys: %w", err)
 	}
-	if olmEvent.Keys.Ed25519 == "" {
-		return nil, nil, errNoClaimedKey
+}
+
+// read makes the Megolm session, with mautrix's checks. How long it may be used is said by takeRoomKey.
+func (k *arrivedKey) read() {
+	k.content = new(event.RoomKeyEventContent)
+	if err := json.Unmarshal(k.olmEvent.Content.VeryRaw, k.content); err != nil {
+		k.fault = fmt.Errorf("failed to parse the room key: %w", err)
+		return
 	}
-	maxAge, maxMessages := h.rotation(ctx, &content)
-	session, err := crypto.NewInboundGroupSession(olmEvent.SenderKey, olmEvent.Keys.Ed25519, content.RoomID, content.SessionKey,
-		maxAge, maxMessages, content.SharedHistory, content.IsScheduled)
-	if err != nil {
-		return nil, nil, fmt.Errorf("failed to read the session key: %w", err)
+	if k.content.Algorithm != id.AlgorithmMegolmV1 {
+		k.fault = errNotMegolm
+		return
 	}
-	if session.ID() != content.SessionID {
-		return nil, nil, errSessionIDMismatch
+	if k.olmEvent.Keys.Ed25519 == "" {
+		k.fault = errNoClaimedKey
+		return
 	}
-	session.SourceUser = olmEvent.Sender
-	return session, &content, nil
+	session, err := crypto.NewInboundGroupSession(k.olmEvent.SenderKey, k.olmEvent.Keys.Ed25519, k.content.RoomID, k.content.SessionKey,
+		0, 0, k.content.SharedHistory, k.content.IsScheduled)
+	switch {
+	case err != nil:
+		k.fault = fmt.Errorf("failed to read the session key: %w", err)
+	case session.ID() != k.content.SessionID:
+		k.fault = errSessionIDMismatch
+	default:
+		session.SourceUser = k.olmEvent.Sender
+		k.session = session
+	}
 }
 
 func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent) (maxAge time.Duration, maxMessages int) {
@@ -220,27 +255,18 @@ func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent)
 // way. The session's guard is for what needs the network: without it, that is left to whoever has it, and to the resolver after it. The steps
 // are walked all the same, for what is known now may not be known any more then: somebody else who claims the session must not keep its
 // owner from being proven.
-func (h *Hook) deriveSender(
-	ctx context.Context, session *crypto.InboundGroupSession, olmEvent *crypto.DecryptedOlmEvent, guarded bool, r *receiving,
-) (*SenderData, error) {
-	now := h.clock()
+func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bool, r *receiving) (*SenderData, error) {
+	now, session, olmEvent := h.clock(), arrived.session, arrived.olmEvent
 	claim := SenderData{
 		SessionID: session.ID(), RoomID: session.RoomID, SenderKey: session.SenderKey, SigningKey: session.SigningKey,
 		Sender: olmEvent.Sender, Source: SourceDirect, ReceivedAt: now, UpdatedAt: now,
 		Embedded: sql.NullBool{Bool: olmEvent.SenderDeviceKeys != nil, Valid: true},
 	}
-	var embedded json.RawMessage
-	if olmEvent.SenderDeviceKeys != nil {
-		var err error
-		if embedded, err = json.Marshal(olmEvent.SenderDeviceKeys); err != nil {
-			return nil, fmt.Errorf("failed to marshal sender_device_keys: %w", err)
-		}
-	}
-	key := senderOfWalk{olmEvent.Sender, walkKey{session.SenderKey, session.SigningKey, string(embedded)}}
+	key := senderOfWalk{olmEvent.Sender, walkKey{session.SenderKey, session.SigningKey, string(arrived.embedded)}}
 	walk := r.walkOf(key)
 	if walk == nil {
 		var err error
-		if walk, err = h.walk(ctx, claim, embedded); err != nil {
+		if walk, err = h.walk(ctx, claim, arrived.embedded); err != nil {
 			return nil, err
 		}
 		r.keep(key, walk)

@@ -179,15 +179,28 @@ func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed [
 	sideBySide(len(resp.ToDevice.Events), func(i int) {
 		evt := resp.ToDevice.Events[i]
 		evt.Type.Class = event.ToDeviceEventType
-		unreadable[i] = evt.Content.ParseRaw(evt.Type)
+		if unreadable[i] = evt.Content.ParseRaw(evt.Type); unreadable[i] != nil {
+			evt.Content.Parsed = nil // what could be read of it is not to be taken for all
+		}
 	})
 	if err = receiving.lookUpHashes(ctx, resp.ToDevice.Events); err != nil {
 		return nil, h.uow.breakWith(err)
 	}
+	taken := 0
 	for i, evt := range resp.ToDevice.Events {
+		if i < taken {
+			continue
+		}
+		together, err := h.receiveTogether(ctx, resp.ToDevice.Events[i:], receiving)
+		if err != nil {
+			return nil, h.uow.breakWith(err)
+		} else if together > 0 {
+			taken = i + together
+			continue
+		}
 		log := h.log.With().Stringer("sender", evt.Sender).Str("to_device_type", evt.Type.Type).Logger()
 		ctx := log.WithContext(ctx)
-		if evt.ToUserID != "" && (evt.ToUserID != h.client.UserID || evt.ToDeviceID != h.client.DeviceID) {
+		if !h.isForUs(evt) {
 			log.Warn().Stringer("to_user_id", evt.ToUserID).Stringer("to_device_id", evt.ToDeviceID).Msg("Ignoring a to-device event for another device")
 			continue
 		}

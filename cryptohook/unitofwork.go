@@ -93,6 +93,8 @@ const (
 	decryptingKey
 	// disputedKey marks the context of a room event whose session several devices claim.
 	disputedKey
+	// lockingKey marks the context of a call that is made for mautrix's Olm lock.
+	lockingKey
 )
 
 func withReceiving(ctx context.Context) context.Context {
@@ -127,6 +129,14 @@ func (u *unitOfWork) clear() {
 	u.hashes = make(map[[32]byte]time.Time)
 	u.groups = make(map[id.SessionID]*crypto.InboundGroupSession)
 	u.indices = make(map[messageIndex]indexedEvent)
+}
+
+// closeGate has no flush come in between until endMessage. The caller holds mautrix's Olm lock.
+func (u *unitOfWork) closeGate() {
+	if !u.gateHeld {
+		u.gate.Lock()
+		u.gateHeld = true
+	}
 }
 
 // endMessage opens the gate: the message is staged whole, or was not understood.
@@ -298,9 +308,8 @@ func (u *unitOfWork) PutAccount(ctx context.Context, account *crypto.OlmAccount)
 
 // GetOlmHash closes the gate: mautrix calls it first for every message, with its Olm lock held.
 func (u *unitOfWork) GetOlmHash(ctx context.Context, hash [32]byte) (time.Time, error) {
-	if isReceiving(ctx) && !u.gateHeld {
-		u.gate.Lock()
-		u.gateHeld = true
+	if isReceiving(ctx) {
+		u.closeGate()
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()

@@ -1,0 +1,356 @@
+package cryptohook
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/crypto"
+	"maunium.net/go/mautrix/crypto/olm"
+	"maunium.net/go/mautrix/crypto/signatures"
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+)
+
+// Room keys that are received together. Nearly all of what comes between devices is room keys, on Olm sessions that are there: a run of those
+// is decrypted under one hold of mautrix's Olm lock, and read on all processors. Each goes through the checks that mautrix makes of one.
+//
+// Anything else, and anything about which something is unusual, ends the run before it, and is received by receiveEncrypted. That a message is
+// no room key is seen after it was decrypted: then the run is undone, and what is left of the /sync is received one by one.
+
+// A run has so many messages at least, and at most: who wants to send an Olm message waits for it.
+const (
+	shortestRun = 2
+	longestRun  = 100
+)
+
+// olmMessage is a message of a run.
+type olmMessage struct {
+	evt       *event.Event
+	senderKey id.SenderKey
+	kind      id.OlmMsgType
+	body      string
+	hash      [sha256.Size]byte
+	// session has decrypted it, into plaintext.
+	session   *crypto.OlmSession
+	plaintext []byte
+	// device is what mautrix's store has under its sender key, or nil.
+	device *id.Device
+	arrivedKey
+	// other says that it is no room key; dropped is why it is not looked at further.
+	other   bool
+	dropped error
+}
+
+// receiveTogether receives the run of room keys that the events begin with, and says how many events it has dealt with. The error is one of the
+// store's: the unit of work is broken.
+func (h *Hook) receiveTogether(ctx context.Context, events []*event.Event, r *receiving) (taken int, err error) {
+	if r.oneByOne || h.oneByOne {
+		return 0, nil
+	} else if r.pause > 0 {
+		r.pause--
+		return 0, nil
+	}
+	run := h.runOf(events, r)
+	if len(run) < shortestRun {
+		return 0, nil
+	}
+	defer h.uow.endMessage()
+	ctx = r.context(ctx)
+	if err = h.withOlmLock(ctx, func() { run, err = h.decryptRun(ctx, run, r) }); err != nil {
+		zerolog.Ctx(ctx).Warn().Err(err).Msg("Failed to have mautrix's Olm lock; receiving one by one")
+		r.oneByOne = true
+		return 0, nil
+	}
+	if err = errors.Join(err, h.uow.failure()); err != nil {
+		return 0, err
+	}
+	r.paused(len(run) == 0)
+	for _, m := range run {
+		if err = h.takeMessage(ctx, m, r); err != nil {
+			return 0, err
+		}
+	}
+	return len(run), nil
+}
+
+// takeMessage stores what was in a message of a run.
+func (h *Hook) takeMessage(ctx context.Context, m *olmMessage, r *receiving) error {
+	log := h.log.With().Stringer("sender", m.evt.Sender).Str("to_device_type", m.evt.Type.Type).Stringer("sender_key", m.senderKey).Logger()
+	if m.dropped != nil {
+		log.Error().Err(m.dropped).Msg("Ignoring an encrypted to-device event")
+		return nil
+	}
+	return h.takeRoomKey(log.WithContext(ctx), &m.arrivedKey, r)
+}
+
+// paused notes whether an attempt was in vain. After those in a row more and more events are received one by one before the next: of a crowd of
+// new devices each attempt would be.
+func (r *receiving) paused(inVain bool) {
+	if !inVain {
+		r.inVain = 0
+		return
+	}
+	r.inVain = min(2*r.inVain+1, longestRun)
+	r.pause = r.inVain
+}
+
+// olmMessageIn reads an Olm message for us, of a size that a key may have; nil: the event holds none.
+func (h *Hook) olmMessageIn(evt *event.Event) *olmMessage {
+	content, encrypted := evt.Content.Parsed.(*event.EncryptedEventContent)
+	if !encrypted || content.Algorithm != id.AlgorithmOlmV1 || len(evt.Content.VeryRaw) > h.options.Limits.ToDeviceBytes {
+		return nil
+	}
+	ours := content.OlmCiphertext[h.mach.GetAccount().IdentityKey()]
+	message, err := base64.RawStdEncoding.DecodeString(ours.Body)
+	if err != nil || len(message) == 0 || ours.Type != id.OlmMsgTypePreKey && ours.Type != id.OlmMsgTypeMsg {
+		return nil
+	}
+	return &olmMessage{evt: evt, senderKey: content.SenderKey, kind: ours.Type, body: ours.Body, hash: sha256.Sum256(message)}
+}
+
+// runOf gives the messages that the events begin with and that may be room keys on sessions that are there.
+func (h *Hook) runOf(events []*event.Event, r *receiving) []*olmMessage {
+	var run []*olmMessage
+	for _, evt := range events[:min(len(events), longestRun)] {
+		m := r.messages[evt]
+		if m == nil || !h.isForUs(evt) {
+			break
+		}
+		if before, looked := r.receivedAt(m.hash); !looked || !before.IsZero() {
+			break
+		}
+		run = append(run, m)
+	}
+	return run
+}
+
+// isForUs says that a to-device event is not for another device.
+func (h *Hook) isForUs(evt *event.Event) bool {
+	return evt.ToUserID == "" || evt.ToUserID == h.client.UserID && evt.ToDeviceID == h.client.DeviceID
+}
+
+// decryptRun decrypts as much of a run as nothing is unusual about, reads the room keys, and stages the ratchets and hashes. It runs under
+// mautrix's Olm lock, and leaves the gate closed. A panic of mautrix's is left to receiveEncrypted: until all is staged, nothing has happened.
+func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) (decrypted []*olmMessage, err error) {
+	h.uow.closeGate()
+	former := make(formerSessions)
+	defer func() {
+		if reason := recover(); reason != nil {
+			zerolog.Ctx(ctx).Error().Any("reason", reason).Msg("mautrix cannot bear an Olm message; receiving one by one")
+			r.oneByOne, decrypted, err = true, nil, former.restore(h.uow)
+		}
+	}()
+	decrypted, err = h.decryptBeginning(ctx, run, former)
+	if err != nil {
+		return nil, err
+	}
+	sideBySide(len(decrypted), func(i int) { h.readMessage(decrypted[i]) })
+	if first := slices.IndexFunc(decrypted, func(m *olmMessage) bool { return m.other }); first >= 0 {
+		r.oneByOne = true
+		if err = former.restore(h.uow); err != nil {
+			return nil, err
+		}
+		// Up to that message nothing is unusual, and what was read stays true.
+		if decrypted, err = h.decryptBeginning(ctx, decrypted[:first], former); err != nil {
+			return nil, err
+		}
+	}
+	return decrypted, h.stageRun(ctx, decrypted)
+}
+
+// decryptBeginning decrypts the messages of a run until one cannot be decrypted by a session that is there. Every session that is tried is
+// kept in former as it was before.
+func (h *Hook) decryptBeginning(ctx context.Context, run []*olmMessage, former formerSessions) ([]*olmMessage, error) {
+	for i, m := range run {
+		sessions, err := h.uow.GetSessions(ctx, m.senderKey)
+		if err != nil {
+			return nil, err
+		}
+		// With more of them mautrix deletes some.
+		if len(sessions) > 2*crypto.MaxOlmSessionsPerDevice {
+			return run[:i], nil
+		}
+		for _, session := range sessions {
+			if err = former.keep(session, h.uow.PickleKey); err != nil {
+				return nil, h.uow.breakWith(err)
+			}
+		}
+		if m.session, m.plaintext = m.decrypt(sessions); m.session == nil {
+			return run[:i], nil
+		}
+		if m.device, err = h.uow.FindDeviceByKey(ctx, m.evt.Sender, m.senderKey); err != nil {
+			return nil, err
+		}
+	}
+	return run, nil
+}
+
+// decrypt tries the sessions as mautrix does. It gives nothing if none of them fits, or a fitting one fails.
+func (m *olmMessage) decrypt(sessions crypto.OlmSessionList) (*crypto.OlmSession, []byte) {
+	for _, session := range sessions {
+		if m.kind == id.OlmMsgTypePreKey {
+			if matches, err := session.Internal.MatchesInboundSession(m.body); err != nil {
+				return nil, nil
+			} else if !matches {
+				continue
+			}
+		}
+		plaintext, err := session.Decrypt(m.body, m.kind)
+		if err == nil {
+			return session, plaintext
+		} else if m.kind == id.OlmMsgTypePreKey {
+			return nil, nil
+		}
+	}
+	return nil, nil
+}
+
+// stageRun stages that the messages were received: the hash of each, and of each session the state after its last one.
+func (h *Hook) stageRun(ctx context.Context, run []*olmMessage) error {
+	staged := make(map[*crypto.OlmSession]struct{})
+	for _, m := range slices.Backward(run) {
+		if _, done := staged[m.session]; done {
+			continue
+		}
+		staged[m.session] = struct{}{}
+		if err := h.uow.UpdateSession(ctx, m.senderKey, m.session); err != nil {
+			return err
+		}
+	}
+	for _, m := range run {
+		if err := h.uow.PutOlmHash(ctx, m.hash, h.clock()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// formerSessions are Olm sessions as they were before a run.
+type formerSessions map[*crypto.OlmSession]formerSession
+
+type formerSession struct {
+	pickle    []byte
+	decrypted time.Time
+}
+
+func (f formerSessions) keep(session *crypto.OlmSession, pickleKey []byte) error {
+	if _, kept := f[session]; kept {
+		return nil
+	}
+	pickle, err := session.Internal.Pickle(pickleKey)
+	if err != nil {
+		return fmt.Errorf("failed to keep an Olm session: %w", err)
+	}
+	f[session] = formerSession{pickle, session.LastDecryptedTime}
+	return nil
+}
+
+// restore brings the sessions back to what they were. If that fails, the unit of work is broken.
+func (f formerSessions) restore(u *unitOfWork) error {
+	for session, former := range f {
+		internal := olm.NewBlankSession()
+		if err := internal.Unpickle(former.pickle, u.PickleKey); err != nil {
+			return u.breakWith(fmt.Errorf("failed to restore an Olm session: %w", err))
+		}
+		session.Internal, session.LastDecryptedTime = internal, former.decrypted
+	}
+	return nil
+}
+
+// olmPayload is what an Olm message holds. mautrix reads the same into [crypto.DecryptedOlmEvent], and the content besides into a map.
+// https://spec.matrix.org/v1.16/client-server-api/#molmv1curve25519-aes-sha2
+type olmPayload struct {
+	Sender           id.UserID           `json:"sender"`
+	SenderDeviceKeys *mautrix.DeviceKeys `json:"sender_device_keys"`
+	Keys             crypto.OlmEventKeys `json:"keys"`
+	Recipient        id.UserID           `json:"recipient"`
+	RecipientKeys    crypto.OlmEventKeys `json:"recipient_keys"`
+	SenderDeviceID   id.DeviceID         `json:"sender_device"`
+	Type             event.Type          `json:"type"`
+	Content          json.RawMessage     `json:"content"`
+}
+
+// readMessage makes mautrix's checks of an Olm message, and reads the room key. Only what it is given is touched: it runs beside others. What it
+// panics about is left to receiveEncrypted.
+func (h *Hook) readMessage(m *olmMessage) {
+	defer func() {
+		if recover() != nil {
+			m.other = true
+		}
+	}()
+	var payload olmPayload
+	if err := json.Unmarshal(m.plaintext, &payload); err != nil {
+		m.dropped = fmt.Errorf("failed to parse the Olm payload: %w", err)
+		return
+	}
+	if payload.Type.Type != event.ToDeviceRoomKey.Type || !isObject(payload.Content) {
+		m.other = true
+		return
+	}
+	m.olmEvent = &crypto.DecryptedOlmEvent{
+		Source: m.evt, SenderKey: m.senderKey, Sender: payload.Sender, SenderDeviceKeys: payload.SenderDeviceKeys, Keys: payload.Keys,
+		Recipient: payload.Recipient, RecipientKeys: payload.RecipientKeys, Type: payload.Type, Content: event.Content{VeryRaw: payload.Content},
+	}
+	m.readDevice()
+	if m.dropped = h.refusal(m); m.dropped == nil && m.fault == nil {
+		m.read()
+	}
+}
+
+func isObject(content json.RawMessage) bool { return bytes.HasPrefix(content, []byte("{")) }
+
+// refusal is why mautrix would not take an Olm message: decryptAndParseOlmCiphertext and validateDevice.
+func (h *Hook) refusal(m *olmMessage) error {
+	e, device := m.olmEvent, m.device
+	switch {
+	case e.Sender != m.evt.Sender:
+		return crypto.ErrSenderMismatch
+	case e.Recipient != h.client.UserID:
+		return crypto.ErrRecipientMismatch
+	case e.RecipientKeys.Ed25519 != h.mach.GetAccount().SigningKey():
+		return crypto.ErrRecipientKeyMismatch
+	}
+	signingKey := id.Ed25519("")
+	if device != nil {
+		signingKey = device.SigningKey
+	}
+	if keys := e.SenderDeviceKeys; keys != nil {
+		signingKey = keys.Keys.GetEd25519(keys.DeviceID)
+		switch {
+		case keys.UserID != e.Sender:
+			return fmt.Errorf("sender_device_keys: %w", crypto.ErrSenderMismatch)
+		case keys.Keys.GetCurve25519(keys.DeviceID) != m.senderKey:
+			return fmt.Errorf("sender_device_keys: %w", crypto.ErrSenderKeyMismatch)
+		case signingKey == "":
+			return crypto.ErrNoSigningKeyFound
+		case m.senderKey == "":
+			return crypto.ErrNoIdentityKeyFound
+		case device != nil && device.SigningKey != signingKey:
+			return fmt.Errorf("sender_device_keys: %w", crypto.ErrMismatchingSigningKey)
+		case !h.selfSigned(m, signingKey):
+			return fmt.Errorf("sender_device_keys: %w", crypto.ErrInvalidKeySignature)
+		}
+	}
+	if (device != nil || e.SenderDeviceKeys != nil) && signingKey != e.Keys.Ed25519 {
+		return crypto.ErrSigningKeyMismatch
+	}
+	return nil
+}
+
+// selfSigned says whether the device has signed its keys that the message holds.
+func (h *Hook) selfSigned(m *olmMessage, signingKey id.Ed25519) bool {
+	keys := m.olmEvent.SenderDeviceKeys
+	return h.signatures.valid(m.embedded, func() bool {
+		valid, err := signatures.VerifySignatureJSON(*keys, keys.UserID, keys.DeviceID.String(), signingKey)
+		return err == nil && valid
+	})
+}

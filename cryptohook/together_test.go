@@ -1,0 +1,471 @@
+package cryptohook
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"maunium.net/go/mautrix/event"
+	"maunium.net/go/mautrix/id"
+)
+
+// twins are two receivers of the same messages: one receives what it can together, the other one by one.
+type twins struct {
+	*story
+	t               *testing.T
+	together, alone *receiver
+	// passed is what the handlers of each have seen of what came between devices.
+	passed [2][]string
+	shared []*megolm
+	last   object
+}
+
+func newTwins(t *testing.T) *twins {
+	t.Helper()
+	sqliteOnly(t)
+	w := &twins{story: newStory(t, newDatabase(t), 4), t: t}
+	other := copyDatabase(t, w.seed)
+	w.together, w.alone = w.open(t, w.seed), w.open(t, other)
+	w.alone.oneByOne = true
+	for i, r := range []*receiver{w.together, w.alone} {
+		t.Cleanup(r.close)
+		for _, eventType := range []event.Type{{Type: "test.ping", Class: event.ToDeviceEventType}, event.ToDeviceEncrypted, event.ToDeviceRoomKey} {
+			r.syncer.OnEventType(eventType, func(_ context.Context, evt *event.Event) {
+				w.passed[i] = append(w.passed[i], fmt.Sprint(evt.Type.Type, evt.Sender, string(rawJSON(evt.Content.Raw)), evt.Mautrix.WasEncrypted))
+			})
+		}
+	}
+	for _, p := range w.peers {
+		w.receive(w.key(p))
+	}
+	return w
+}
+
+// receive hands the events of one /sync to both, and compares what becomes of them.
+func (w *twins) receive(events ...object) {
+	w.t.Helper()
+	sync := w.sync(events, nil)
+	w.Syncs = append(w.Syncs, sync)
+	for _, r := range []*receiver{w.together, w.alone} {
+		if err := r.process(w.t.Context(), sync); err != nil {
+			w.t.Fatal(err)
+		}
+	}
+	together, alone := w.left(w.together, 0), w.left(w.alone, 1)
+	for what := range together {
+		if together[what] != alone[what] {
+			w.t.Fatalf("%s\n%s\none by one\n%s\n/sync %s", what, together[what], alone[what], sync)
+		}
+	}
+}
+
+// left is all that the messages have left behind, but for the times.
+func (w *twins) left(r *receiver, twin int) map[string]string {
+	left := map[string]string{"handlers": strings.Join(w.passed[twin], "\n")}
+	for table, columns := range map[string]string{
+		"crypto_olm_message_hash": "hex(message_hash)",
+		"crypto_olm_session":      "session_id || sender_key || hex(session)",
+		"crypto_megolm_inbound_session": "session_id || sender_key || signing_key || room_id || quote(hex(session)) || quote(max_age) || quote(max_messages) || " +
+			"quote(is_scheduled) || quote(shared_history) || key_source || source_user || forwarding_chains",
+		"sendertrust_session": "session_id || sender_key || signing_key || room_id || sender || source || legacy_session || state || reason || device_id || " +
+			"master_key || quote(device_keys) || quote(embedded) || retry_count || (next_retry_time_ms IS NULL)",
+		"sendertrust_signature": "sender_id || self_signing_key || quote(device_keys)",
+		"sendertrust_sender":    "user_id || identity_key || signing_key",
+		"crypto_account":        "hex(account)",
+	} {
+		left[table] = strings.Join(scanStrings(r.db.RawDB, fmt.Sprintf("SELECT %s FROM %s ORDER BY 1", columns, table)), "\n")
+	}
+	return left
+}
+
+// key is a new room key of a peer.
+func (w *twins) key(p *peer) object {
+	w.shared = append(w.shared, newMegolm(storyRoom))
+	return w.encrypt(p, "m.room_key", w.shared[len(w.shared)-1].roomKey())
+}
+
+// payload is a room key whose Olm payload a test changes.
+func (w *twins) payload(p *peer, change func(payload object)) object {
+	payload := object{
+		"type": "m.room_key", "content": newMegolm(storyRoom).roomKey(), "sender": p.owner.userID.String(),
+		"sender_device_keys": p.keys(), "keys": object{"ed25519": p.signingKey().String()},
+		"recipient": receiverUser.String(), "recipient_keys": object{"ed25519": w.receiver.SigningKey().String()},
+	}
+	change(payload)
+	return w.text(p, string(rawJSON(payload)))
+}
+
+// text is an Olm message with any text.
+func (w *twins) text(p *peer, text string) object {
+	messageType, body, err := p.olm.Encrypt([]byte(text))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	return object{
+		"type": "m.room.encrypted", "sender": p.owner.userID.String(),
+		"content": object{
+			"algorithm": string(id.AlgorithmOlmV1), "sender_key": p.senderKey().String(),
+			"ciphertext": object{w.receiver.IdentityKey().String(): object{"type": int(messageType), "body": string(body)}},
+		},
+	}
+}
+
+func content(change func(content object)) func(payload object) {
+	return func(payload object) { change(payload["content"].(object)) }
+}
+
+func outside(evt object, change func(evt object)) object {
+	change(evt)
+	return evt
+}
+
+func ciphertext(w *twins, evt object) object {
+	return evt["content"].(object)["ciphertext"].(object)[w.receiver.IdentityKey().String()].(object)
+}
+
+// oddMessages are messages between devices that are no room keys like the others.
+var oddMessages = map[string]func(w *twins, p *peer) object{
+	"a key":              func(w *twins, p *peer) object { return w.key(p) },
+	"the last one again": func(w *twins, p *peer) object { return w.last },
+	"dummy":              func(w *twins, p *peer) object { return w.encrypt(p, "m.dummy", object{}) },
+	"a secret": func(w *twins, p *peer) object {
+		return w.encrypt(p, "m.secret.send", object{"request_id": "r", "secret": "s"})
+	},
+	"of a handler": func(w *twins, p *peer) object { return w.encrypt(p, "test.ping", object{"text": "hello"}) },
+	"a key that is sent on": func(w *twins, p *peer) object {
+		return w.encrypt(p, "m.forwarded_room_key", newMegolm(storyRoom).roomKey())
+	},
+	"in the clear": func(w *twins, p *peer) object {
+		return object{"type": "m.room_key", "sender": p.owner.userID.String(), "content": newMegolm(storyRoom).roomKey()}
+	},
+	"under another name": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { evt["sender"] = "@eve:test" })
+	},
+	"another sender key": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { evt["content"].(object)["sender_key"] = w.peers[0].signingKey().String() })
+	},
+	"another algorithm": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { evt["content"].(object)["algorithm"] = "m.olm.v2" })
+	},
+	"for another device": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { evt["to_user_id"], evt["to_device_id"] = receiverUser.String(), "OTHER" })
+	},
+	"another ciphertext": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { ciphertext(w, evt)["body"] = "AwAAAAAA" })
+	},
+	"no base64": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { ciphertext(w, evt)["body"] = "!!!" })
+	},
+	"an odd type": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { ciphertext(w, evt)["type"] = 7 })
+	},
+	"a ciphertext that is none": func(w *twins, p *peer) object {
+		return outside(w.key(p), func(evt object) { evt["content"].(object)["ciphertext"] = []any{1} })
+	},
+	"no JSON":          func(w *twins, p *peer) object { return w.text(p, "hello") },
+	"null":             func(w *twins, p *peer) object { return w.text(p, "null") },
+	"an empty payload": func(w *twins, p *peer) object { return w.text(p, "{}") },
+	"another recipient": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["recipient"] = "@eve:test" })
+	},
+	"another recipient's keys": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["recipient_keys"] = object{"ed25519": p.signingKey().String()} })
+	},
+	"another sender inside": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender"] = "@eve:test" })
+	},
+	"another ed25519 key": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["keys"] = object{"ed25519": w.receiver.SigningKey().String()} })
+	},
+	"no ed25519 key": func(w *twins, p *peer) object { return w.payload(p, func(payload object) { delete(payload, "keys") }) },
+	"no ed25519 key, no device": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) {
+			delete(payload, "keys")
+			delete(payload, "sender_device_keys")
+		})
+	},
+	"no device keys": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { delete(payload, "sender_device_keys") })
+	},
+	"device keys of another": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device_keys"] = w.peers[0].keys() })
+	},
+	"device keys not signed": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { delete(payload["sender_device_keys"].(object), "signatures") })
+	},
+	"forged device keys": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device_keys"] = p.forgedKeys() })
+	},
+	"device keys not crossed": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device_keys"] = p.selfSignedKeys() })
+	},
+	"device keys of a namesake": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) {
+			payload["sender_device_keys"] = p.ownKeys("@eve:test", p.senderKey().String(), p.signingKey().String(), p.account)
+		})
+	},
+	"device keys, other curve": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) {
+			payload["sender_device_keys"] = p.ownKeys(p.owner.userID, w.receiver.IdentityKey().String(), p.signingKey().String(), p.account)
+		})
+	},
+	"device keys, other signer": func(w *twins, p *peer) object {
+		other := w.peers[0]
+		return w.payload(p, func(payload object) {
+			payload["sender_device_keys"] = p.ownKeys(p.owner.userID, p.senderKey().String(), other.signingKey().String(), other.account)
+			payload["keys"] = object{"ed25519": other.signingKey().String()}
+		})
+	},
+	"device keys, a list": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device_keys"] = []any{} })
+	},
+	"device keys, an unknown": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device_keys"].(object)["x"] = 1 })
+	},
+	"device keys with a name": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) {
+			payload["sender_device_keys"].(object)["unsigned"] = object{"device_display_name": "phone"}
+		})
+	},
+	"a type that is a number": func(w *twins, p *peer) object { return w.payload(p, func(payload object) { payload["type"] = 7 }) },
+	"a sender_device of number": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device"] = 7 })
+	},
+	"no type": func(w *twins, p *peer) object { return w.payload(p, func(payload object) { delete(payload, "type") }) },
+	"no content": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { delete(payload, "content") })
+	},
+	"content of null": func(w *twins, p *peer) object { return w.payload(p, func(payload object) { payload["content"] = nil }) },
+	"content, a list": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["content"] = []any{} })
+	},
+	"a key for another method": func(w *twins, p *peer) object {
+		return w.payload(p, content(func(c object) { c["algorithm"] = "m.megolm.v2" }))
+	},
+	"another session's ID": func(w *twins, p *peer) object {
+		return w.payload(p, content(func(c object) { c["session_id"] = newMegolm(storyRoom).id().String() }))
+	},
+	"a broken key": func(w *twins, p *peer) object {
+		return w.payload(p, content(func(c object) { c["session_key"] = "AgAAAA" }))
+	},
+	"a key of a number": func(w *twins, p *peer) object { return w.payload(p, content(func(c object) { c["session_key"] = 7 })) },
+	"a key with limits": func(w *twins, p *peer) object {
+		return w.payload(p, content(func(c object) { c["com.beeper.max_age_ms"], c["com.beeper.max_messages"] = 1000, 3 }))
+	},
+	"a key for another room": func(w *twins, p *peer) object {
+		return w.payload(p, content(func(c object) { c["room_id"] = "!other:test" }))
+	},
+	"somebody's session": func(w *twins, p *peer) object { return w.encrypt(p, "m.room_key", w.shared[len(w.shared)/2].roomKey()) },
+	"somebody's for a room": func(w *twins, p *peer) object {
+		return w.encrypt(p, "m.room_key", w.shared[len(w.shared)/2].forRoom("!other:test"))
+	},
+	"a later key": func(w *twins, p *peer) object { return w.encrypt(p, "m.room_key", newMegolm(storyRoom).later()) },
+	"a withheld key": func(w *twins, p *peer) object {
+		return object{"type": "m.room_key.withheld", "sender": p.owner.userID.String(), "content": object{
+			"algorithm": string(id.AlgorithmMegolmV1), "code": "m.unverified", "room_id": storyRoom.String(), "session_id": withheldSession, "sender_key": p.senderKey().String(),
+		}}
+	},
+	"a new Olm session": func(w *twins, p *peer) object {
+		if len(w.free) == 0 {
+			return w.key(p)
+		}
+		p.olm = nil
+		return w.key(p)
+	},
+}
+
+// ownKeys are device keys that are signed by whom they name, whatever they name.
+func (p *peer) ownKeys(userID id.UserID, curve25519, ed25519 string, by jsonSigner) object {
+	keys := object{
+		"user_id": userID.String(), "device_id": p.deviceID.String(), "algorithms": []any{},
+		"keys": object{"curve25519:" + p.deviceID.String(): curve25519, "ed25519:" + p.deviceID.String(): ed25519},
+	}
+	signInto(keys, userID, p.deviceID.String(), by)
+	return keys
+}
+
+// odd makes a message by its name.
+func (w *twins) odd(name string, p *peer) object {
+	made := oddMessages[name](w, p)
+	if made == nil {
+		made = w.key(p)
+	}
+	var copied object // the same message may be sent again
+	if err := json.Unmarshal(rawJSON(made), &copied); err != nil {
+		w.t.Fatal(err)
+	}
+	w.last = made
+	return copied
+}
+
+func oddNames() []string {
+	names := make([]string, 0, len(oddMessages))
+	for name := range oddMessages {
+		names = append(names, name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// What is received together leaves behind what it leaves behind when it is received one by one, whatever is among it.
+func TestReceivedTogetherIsAsOneByOne(t *testing.T) {
+	w := newTwins(t)
+	for _, name := range oddNames() {
+		for _, p := range []*peer{w.peers[1], w.peers[3]} {
+			w.receive(w.odd("a key", w.peers[1]), w.odd("a key", p), w.odd(name, p), w.odd("a key", w.peers[2]), w.odd("a key", p))
+		}
+	}
+	if count := w.together.count("SELECT COUNT(*) FROM crypto_megolm_inbound_session"); count < 4*len(oddMessages) {
+		t.Errorf("only %d sessions have come through", count)
+	}
+}
+
+func TestRandomMessagesAreReceivedTogetherAsOneByOne(t *testing.T) {
+	w := newTwins(t)
+	names := oddNames()
+	seed := [32]byte([]byte("what comes together, any order.."))
+	dice := rand.New(rand.NewChaCha8(seed))
+	for range 60 {
+		var events []object
+		for range dice.IntN(12) {
+			name := "a key"
+			if dice.IntN(3) == 0 {
+				name = names[dice.IntN(len(names))]
+			}
+			events = append(events, w.odd(name, w.peers[dice.IntN(len(w.peers))]))
+		}
+		w.receive(events...)
+	}
+}
+
+func FuzzReceivedTogether(f *testing.F) {
+	f.Add([]byte{0, 1, 2, 3, 4, 5, 6, 7})
+	f.Add([]byte{10, 0, 10, 0, 200, 17, 33})
+	f.Fuzz(func(t *testing.T, script []byte) {
+		w := newTwins(t)
+		names := oddNames()
+		var events []object
+		for i, b := range script[:min(len(script), 40)] {
+			events = append(events, w.odd(names[int(b)%len(names)], w.peers[i%len(w.peers)]))
+		}
+		w.receive(events...)
+	})
+}
+
+// Most room keys are to be received together: else all of this is for nothing.
+func TestRoomKeysAreReceivedTogether(t *testing.T) {
+	w := newTwins(t)
+	var events []object
+	for range 3 * longestRun {
+		events = append(events, w.key(w.peers[1]))
+	}
+	runs := 0
+	looked := &watched{unitOfWork: w.together.uow, beforeMessage: func() { runs++ }}
+	w.together.mach.CryptoStore = looked
+	w.receive(events...)
+	if runs > 0 {
+		t.Errorf("%d of %d room keys were received one by one", runs, len(events))
+	}
+}
+
+// A crowd of new devices has no sessions: each attempt to receive theirs together is in vain, and there are few.
+func TestAttemptsInVainAreFew(t *testing.T) {
+	r := newReceiving(nil)
+	attempts := 0
+	for range 1000 {
+		if r.pause > 0 {
+			r.pause--
+			continue
+		}
+		attempts++
+		r.paused(true)
+	}
+	if attempts > 20 {
+		t.Errorf("%d attempts for 1,000 events", attempts)
+	}
+	r.paused(false)
+	if r.inVain != 0 {
+		t.Error("an attempt that was not in vain is counted")
+	}
+}
+
+func TestCheckedSignaturesAreForgotten(t *testing.T) {
+	var c checkedSignatures
+	checks := 0
+	valid := func(name string) bool {
+		return c.valid([]byte(name), func() bool {
+			checks++
+			return name != "forged"
+		})
+	}
+	for range 2 {
+		if !valid("good") || valid("forged") {
+			t.Error("a signature is taken for another")
+		}
+	}
+	if checks != 2 {
+		t.Errorf("%d checks of two signatures", checks)
+	}
+	for i := range 3 * signaturesInGeneration {
+		valid(fmt.Sprint(i))
+		valid("good") // in use: kept
+	}
+	if size := len(c.newer) + len(c.older); size > 2*signaturesInGeneration {
+		t.Errorf("%d are remembered", size)
+	}
+	before := checks
+	valid("good")
+	valid("forged")
+	if checks != before+1 {
+		t.Errorf("%d checks: what is in use is to be remembered, and what is not forgotten", checks-before)
+	}
+}
+
+// mautrix lends its Olm lock by a way of ours: see withOlmLock.
+func TestAssumptionOlmLockIsHeld(t *testing.T) {
+	w := newTwins(t)
+	r := w.together
+	lock := (*sync.Mutex)(reflect.ValueOf(r.mach).Elem().FieldByName("olmLock").Addr().UnsafePointer())
+	ran := false
+	err := r.withOlmLock(t.Context(), func() {
+		if ran = true; lock.TryLock() {
+			t.Error("the lock is not held")
+			lock.Unlock()
+		}
+	})
+	if err != nil || !ran {
+		t.Fatalf("ran: %v (%v)", ran, err)
+	}
+	if !lock.TryLock() {
+		t.Error("the lock is still held")
+	} else {
+		lock.Unlock()
+	}
+	if asked := r.network.count("keys/claim") + r.network.count("keys/query") + r.network.count("sendToDevice"); asked != 0 {
+		t.Errorf("%d requests were made", asked)
+	}
+}
+
+// Without the lock nothing is lost: what would come together comes one by one.
+func TestWithoutTheLockKeysAreReceivedOneByOne(t *testing.T) {
+	w := newTwins(t)
+	w.together.mach.CryptoStore = &lockless{w.together.uow}
+	w.receive(w.key(w.peers[1]), w.key(w.peers[1]), w.key(w.peers[2]))
+	if count := w.together.count("SELECT COUNT(*) FROM crypto_megolm_inbound_session"); count != 4+3 {
+		t.Errorf("%d sessions have come through", count)
+	}
+}
+
+// lockless is the store of a version of mautrix that does not ask it under its lock.
+type lockless struct{ *unitOfWork }
+
+func (l *lockless) GetDevice(context.Context, id.UserID, id.DeviceID) (*id.Device, error) {
+	return nil, errors.New("nobody asks for a device any more")
+}
