@@ -167,8 +167,7 @@ func (b *Bot) record(ctx context.Context, told *record) (*record, error) {
 		noted.kind, noted.sign = told.kind, told.sign
 		err = b.reviser.records.setVerdict(ctx, noted, told.verdict)
 	}
-	// Something may have changed between the verdict and now.
-	b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{noted.verdict.SessionID}})
+	b.reviser.noted(noted)
 	return noted, err
 }
 
@@ -184,7 +183,7 @@ func (b *Bot) noteAnswer(ctx context.Context, told *record, answerID id.EventID)
 	if err := b.reviser.records.setAnswer(ctx, told, answerID); err != nil {
 		log.Err(err).Msg("Failed to record an answer")
 	}
-	b.reviser.changed(cryptohook.Change{Sessions: []id.SessionID{told.verdict.SessionID}})
+	b.reviser.noted(told)
 }
 
 // noticeContent is what the bot says to people.

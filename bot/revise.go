@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -64,10 +65,8 @@ type reviser struct {
 	edited map[id.RoomID][]time.Time
 
 	mu sync.Mutex
-	// pending is what may have changed since it was looked at; everything, when the worker starts.
-	everything bool
-	users      map[id.UserID]struct{}
-	sessions   map[id.SessionID]struct{}
+	// pending is everything when the worker starts.
+	pending doubtedAnswers
 }
 
 func (b *Bot) newReviser() *reviser {
@@ -79,22 +78,63 @@ func (b *Bot) newReviser() *reviser {
 		},
 		send: b.send, react: b.react, takeBack: b.takeBack, hold: b.self.hold,
 		annotate: b.annotate, shield: b.shield, sign: b.sign, kindOf: b.kindOf, speech: b.speech, editsPerRoom: b.config.Limits.EditsPerRoom, metrics: b.metrics,
-		wake: make(chan struct{}, 1), edited: make(map[id.RoomID][]time.Time), everything: true,
-		users: make(map[id.UserID]struct{}), sessions: make(map[id.SessionID]struct{}),
+		wake: make(chan struct{}, 1), edited: make(map[id.RoomID][]time.Time), pending: everythingDoubted(),
 	}
+}
+
+func everythingDoubted() doubtedAnswers {
+	all := nothingDoubted()
+	all.everything = true
+	return all
+}
+
+// doubtedAnswers are the answers whose verdicts may have changed since they were looked at.
+type doubtedAnswers struct {
+	everything bool
+	users      map[id.UserID]struct{}
+	sessions   map[id.SessionID]struct{}
+	// messages are those by themselves: what was just said of one says nothing about the others of its session.
+	messages map[id.EventID]struct{}
+}
+
+func nothingDoubted() doubtedAnswers {
+	return doubtedAnswers{users: make(map[id.UserID]struct{}), sessions: make(map[id.SessionID]struct{}), messages: make(map[id.EventID]struct{})}
+}
+
+func (d *doubtedAnswers) add(more doubtedAnswers) {
+	d.everything = d.everything || more.everything
+	maps.Copy(d.users, more.users)
+	maps.Copy(d.sessions, more.sessions)
+	maps.Copy(d.messages, more.messages)
 }
 
 // changed is told what may have changed verdicts. It does not wait.
 func (r *reviser) changed(change cryptohook.Change) {
-	r.mu.Lock()
+	more := nothingDoubted()
 	for _, userID := range change.Users {
-		r.users[userID] = struct{}{}
+		more.users[userID] = struct{}{}
 	}
 	for _, sessionID := range change.Sessions {
 		if sessionID != "" { // what was not encrypted stays so
-			r.sessions[sessionID] = struct{}{}
+			more.sessions[sessionID] = struct{}{}
 		}
 	}
+	r.doubt(more)
+}
+
+// noted is told of a message whose record has just been written: something may have changed between the verdict and that.
+func (r *reviser) noted(rec *record) {
+	if rec.verdict.SessionID == "" {
+		return
+	}
+	more := nothingDoubted()
+	more.messages[rec.eventID] = struct{}{}
+	r.doubt(more)
+}
+
+func (r *reviser) doubt(more doubtedAnswers) {
+	r.mu.Lock()
+	r.pending.add(more)
 	r.mu.Unlock()
 	notify(r.wake)
 }
@@ -133,13 +173,15 @@ func (r *reviser) run(ctx context.Context) {
 func (r *reviser) round(ctx context.Context) (next time.Duration, err error) {
 	r.working.Lock()
 	defer r.working.Unlock()
-	everything, users, sessions := r.take()
-	changed, err := r.affected(ctx, everything, users, sessions)
+	doubted := r.take()
+	changed, err := r.affected(ctx, doubted)
 	if err == nil {
 		err = r.reconsider(ctx, changed)
 	}
 	if err != nil {
-		r.giveBack(everything, users, sessions)
+		r.mu.Lock()
+		r.pending.add(doubted)
+		r.mu.Unlock()
 		return 0, err
 	}
 	if err = r.editDue(ctx); err != nil {
@@ -157,29 +199,17 @@ func (r *reviser) round(ctx context.Context) (next time.Duration, err error) {
 	return next, nil
 }
 
-func (r *reviser) take() (everything bool, users map[id.UserID]struct{}, sessions map[id.SessionID]struct{}) {
+func (r *reviser) take() doubtedAnswers {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	everything, users, sessions = r.everything, r.users, r.sessions
-	r.everything, r.users, r.sessions = false, make(map[id.UserID]struct{}), make(map[id.SessionID]struct{})
-	return everything, users, sessions
+	taken := r.pending
+	r.pending = nothingDoubted()
+	return taken
 }
 
-func (r *reviser) giveBack(everything bool, users map[id.UserID]struct{}, sessions map[id.SessionID]struct{}) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.everything = r.everything || everything
-	for userID := range users {
-		r.users[userID] = struct{}{}
-	}
-	for sessionID := range sessions {
-		r.sessions[sessionID] = struct{}{}
-	}
-}
-
-// affected gives the answers whose verdicts may have changed.
-func (r *reviser) affected(ctx context.Context, everything bool, users map[id.UserID]struct{}, sessions map[id.SessionID]struct{}) ([]*record, error) {
-	if everything {
+// affected gives the answers that are doubted.
+func (r *reviser) affected(ctx context.Context, doubted doubtedAnswers) ([]*record, error) {
+	if doubted.everything {
 		return r.records.list(ctx, getSinceQuery, r.clock().Add(-answersStayTrue).UnixMilli())
 	}
 	var all []*record
@@ -194,13 +224,18 @@ func (r *reviser) affected(ctx context.Context, everything bool, users map[id.Us
 		}
 		return err
 	}
-	for userID := range users {
+	for userID := range doubted.users {
 		if err := collect(getOfOwnerQuery, userID); err != nil {
 			return nil, err
 		}
 	}
-	for sessionID := range sessions {
+	for sessionID := range doubted.sessions {
 		if err := collect(getOfSessionQuery, sessionID); err != nil {
+			return nil, err
+		}
+	}
+	for eventID := range doubted.messages {
+		if err := collect(getRecordQuery, eventID); err != nil {
 			return nil, err
 		}
 	}

@@ -28,6 +28,8 @@ type revisedRooms struct {
 	// refused: the homeserver takes nothing; failing: the context ends while sending.
 	refused bool
 	failing bool
+	// reviewed is how many verdicts were looked at again.
+	reviewed int
 }
 
 type sentEvent struct {
@@ -80,6 +82,7 @@ func (w *revisedRooms) start() {
 	w.bot.db = w.open()
 	w.bot.reviser = w.bot.newReviser()
 	w.bot.reviser.review = func(_ context.Context, told cryptohook.Verdict, _ id.UserID) (cryptohook.Verdict, error) {
+		w.reviewed++
 		now, changed := w.verdict[told.SessionID]
 		if !changed || told.Code == cryptohook.CodeUnableToDecrypt {
 			return told, nil
@@ -299,6 +302,31 @@ func TestBetterIsNotSaidAloud(t *testing.T) {
 		if sent.edits() == "" {
 			t.Errorf("said aloud: %v", sent)
 		}
+	}
+}
+
+// A conversation in one session: each answer is looked at again because of itself, and not because of those that follow.
+func TestAnswersOfOneSessionAreNotReviewedForEachOther(t *testing.T) {
+	w := newRevisedRooms(t, ModeReply)
+	w.round()
+	const answers = 100
+	for i := range answers {
+		w.answered(fmt.Sprintf("$event%d", i), "s", cryptohook.CodeUnverifiedIdentity)
+		w.round()
+	}
+	if w.reviewed < answers || w.reviewed > 2*answers {
+		t.Errorf("%d reviews of %d answers", w.reviewed, answers)
+	}
+}
+
+// What changes between the verdict and the record of the answer is corrected.
+func TestChangeBeforeTheRecordIsCorrected(t *testing.T) {
+	w := newRevisedRooms(t, ModeReply)
+	w.round()
+	w.verdict["s"] = verdictOf("", "s", cryptohook.CodeVerified)
+	w.answered("$event", "s", cryptohook.CodeUnverifiedIdentity)
+	if sent := w.round(); len(sent) != 1 || sent[0].edits() == "" {
+		t.Errorf("sent %v", sent)
 	}
 }
 
