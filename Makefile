@@ -31,12 +31,12 @@ test: ## all tests: units with the race detector, again on PostgreSQL, then Syna
 	$(GO) test -tags $(TAGS) -count 1 -v -timeout 8m ./e2e/soak
 
 # What does one thing after the other: the race detector has nothing to find there, and takes its time.
-IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys
+IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment
 
 # Each of these two keeps one processor busy.
 .PHONY: test-races test-postgres
 test-races:
-	$(GO) test -tags $(TAGS) -race -timeout 10m -skip '$(IN_TURN)' . ./bot/... ./cryptohook/...
+	$(GO) test -tags $(TAGS) -race -timeout 10m -skip '$(IN_TURN)' . ./bot/... ./cryptohook/... ./bench/...
 test-postgres:
 	$(GO) test -tags $(TAGS) -timeout 5m -run '$(IN_TURN)' . ./bot ./cryptohook
 	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 8m ./bot ./cryptohook
@@ -69,6 +69,25 @@ mutation: ## break the code of trust in every small way, one at a time, and see 
 soak: ## everything goes wrong for half an hour, and nothing may be lost or doubled; docs/reliability.md has the table
 	@./e2e/setup.sh go synapse element postgres >/dev/null
 	$(GO) test -tags $(TAGS) -count 1 -timeout 45m -v ./e2e/soak -full
+
+# Cargo builds the reference; without it ours alone is measured.
+.PHONY: bench
+bench: ## how fast it is, against stock mautrix and Element's crypto, in docs/performance.md (half an hour); ONLY="keys-1" measures a part, ROUNDS=1 once
+	@./e2e/setup.sh go postgres >/dev/null
+	@if command -v cargo >/dev/null; then \
+		cargo build --release --locked --manifest-path bench/reference/Cargo.toml --target-dir .cache/reference; \
+	else echo "cargo is missing, so the reference cannot be built; rustup installs it."; fi
+	@mkdir -p .cache/bench
+	@$(GO) build -tags $(TAGS) -o .cache/bench/ ./bench ./bench/answers
+	@.cache/bench/bench -rounds $(or $(ROUNDS),5) $(if $(ONLY),-only '$(ONLY)')
+	@$(if $(ONLY),,test ! -e .cache/reference/release/reference || (cd bench/plots && $(GO) run . -profile ../../.cache/bench/hook-sqlite-full-receive_1.pprof))
+
+.PHONY: bench-check
+bench-check: ## fails if it has become slower, against stock mautrix in the same run, by more than a fifth since make bench (minutes)
+	@./e2e/setup.sh go >/dev/null
+	@mkdir -p .cache/bench
+	@$(GO) build -tags $(TAGS) -o .cache/bench/ ./bench ./bench/answers
+	@.cache/bench/bench -check -rounds $(or $(ROUNDS),5)
 
 # Their versions are in internal/tools/go.mod, so that they are not among the program's own dependencies.
 TOOL := $(GO) tool -modfile=internal/tools/go.mod
