@@ -28,8 +28,8 @@ const instead = `"the answer was null"`
 // RoundTrip implements [http.RoundTripper].
 func (t withoutNullAnswers) RoundTrip(req *http.Request) (*http.Response, error) {
 	resp, err := t.base.RoundTrip(req)
-	if err != nil {
-		return nil, err
+	if err != nil || isFile(req, resp) {
+		return resp, err
 	}
 	body := bufio.NewReader(resp.Body)
 	read := io.Reader(body)
@@ -42,6 +42,14 @@ func (t withoutNullAnswers) RoundTrip(req *http.Request) (*http.Response, error)
 		io.Closer
 	}{read, resp.Body}
 	return resp, nil
+}
+
+// isFile says that an answer is a file that was asked for: any bytes, of which none may be changed.
+// https://spec.matrix.org/v1.16/client-server-api/#get_matrixclientv1mediadownloadservernamemediaid
+func isFile(req *http.Request, resp *http.Response) bool {
+	path := req.URL.EscapedPath() // what is put into a path has no slashes of its own
+	download := strings.Contains(path, "/_matrix/client/v1/media/download/") || strings.Contains(path, "/_matrix/media/v3/download/")
+	return download && resp.StatusCode == http.StatusOK
 }
 
 // beginsNull reads the white space before a JSON value. Of those only null begins with an n. An error of the body shows again to whoever
