@@ -65,12 +65,13 @@ func (h *Hook) receiveTogether(ctx context.Context, events []*event.Event, r *re
 	}
 	defer h.uow.endMessage()
 	ctx = r.context(ctx)
-	if err = h.withOlmLock(ctx, func() { run, err = h.decryptRun(ctx, run, r) }); err != nil {
+	var failed error
+	if err = h.withOlmLock(ctx, func() { run, failed = h.decryptRun(ctx, run, r) }); err != nil {
 		zerolog.Ctx(ctx).Warn().Err(err).Msg("Failed to have mautrix's Olm lock; receiving one by one")
 		r.oneByOne = true
 		return 0, nil
 	}
-	if err = errors.Join(err, h.uow.failure()); err != nil {
+	if err = errors.Join(failed, h.uow.failure()); err != nil {
 		return 0, err
 	}
 	r.paused(len(run) == 0)
@@ -142,9 +143,14 @@ func (h *Hook) isForUs(evt *event.Event) bool {
 // mautrix's Olm lock, and leaves the gate closed. A panic of mautrix's is left to receiveEncrypted: until all is staged, nothing has happened.
 func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) (decrypted []*olmMessage, err error) {
 	h.uow.closeGate()
-	former := make(formerSessions)
+	former, staging := make(formerSessions), false
 	defer func() {
-		if reason := recover(); reason != nil {
+		reason := recover()
+		switch {
+		case reason == nil:
+		case staging:
+			decrypted, err = nil, h.uow.breakWith(fmt.Errorf("failed to stage Olm sessions: %v", reason))
+		default:
 			zerolog.Ctx(ctx).Error().Any("reason", reason).Msg("mautrix cannot bear an Olm message; receiving one by one")
 			r.oneByOne, decrypted, err = true, nil, former.restore(h.uow)
 		}
@@ -164,6 +170,7 @@ func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) 
 			return nil, err
 		}
 	}
+	staging = true
 	return decrypted, h.stageRun(ctx, decrypted)
 }
 

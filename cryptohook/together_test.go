@@ -12,6 +12,7 @@ import (
 	"sync"
 	"testing"
 
+	"maunium.net/go/mautrix/crypto/olm"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 )
@@ -468,4 +469,33 @@ type lockless struct{ *unitOfWork }
 
 func (l *lockless) GetDevice(context.Context, id.UserID, id.DeviceID) (*id.Device, error) {
 	return nil, errors.New("nobody asks for a device any more")
+}
+
+// panicking is an Olm session that panics at its second message.
+type panicking struct {
+	olm.Session
+	messages int
+}
+
+func (p *panicking) Decrypt(message string, kind id.OlmMsgType) ([]byte, error) {
+	if p.messages++; p.messages == 2 {
+		panic("a message that it cannot bear")
+	}
+	return p.Session.Decrypt(message, kind)
+}
+
+// What mautrix panics about in a run undoes the run. One by one nothing of it is lost.
+func TestPanicInARunLosesNothing(t *testing.T) {
+	w := newTwins(t)
+	session := must(w.together.uow.GetSessions(t.Context(), w.peers[1].senderKey()))[0]
+	broken := &panicking{Session: session.Internal}
+	session.Internal = broken
+	w.receive(w.key(w.peers[1]), w.key(w.peers[1]), w.key(w.peers[2]), w.key(w.peers[1]))
+	if broken.messages != 2 || session.Internal == olm.Session(broken) {
+		t.Errorf("the session was tried %d times, and is the same: %v", broken.messages, session.Internal == olm.Session(broken))
+	}
+	w.receive(w.key(w.peers[1]), w.key(w.peers[1]))
+	if count := w.together.count("SELECT COUNT(*) FROM crypto_megolm_inbound_session"); count != 4+6 {
+		t.Errorf("%d sessions have come through", count)
+	}
 }

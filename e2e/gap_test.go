@@ -19,7 +19,7 @@ func TestLongPauseLosesNoMessage(t *testing.T) {
 	ok(t, err)
 	ctx := within(t, 4*patience)
 	var sent []id.EventID
-	for i := range 130 {
+	for i := range 70 {
 		sent = append(sent, must(alice.Send(ctx, room, say(fmt.Sprint("message ", i))))(t))
 	}
 	ok(t, bot.Restart(within(t, patience)))

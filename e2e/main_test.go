@@ -36,7 +36,7 @@ const (
 	// startPatience is how long the homeserver and the bot may take to be installed, built and started.
 	startPatience = 5 * time.Minute
 	// parallelTests is more than there are processors: tests mostly wait.
-	parallelTests = "10"
+	parallelTests = "12"
 	// mark is part of every text that people send here. It must not appear in a bot's log.
 	mark = "nobody-else's-business"
 	// password is every account's. It must not appear either.

@@ -146,7 +146,7 @@ func TestDiskFailsForAWhile(t *testing.T) {
 	faults = append(faults, becomes(d, bot, disk.Broken, "disk with errors", "The disk that holds the database gives errors.", 2*time.Second, often(0, 5))...)
 	rand.Shuffle(len(faults), func(i, j int) { faults[i], faults[j] = faults[j], faults[i] })
 	pid := bot.PID()
-	c.endure(bot, "disk full, read-only or broken", often(30, 300), faults)
+	c.endure(bot, "disk full, read-only or broken", often(16, 300), faults)
 	if bot.PID() != pid {
 		t.Error("the bot was started anew")
 	}
@@ -181,7 +181,7 @@ func TestDatabaseIsLockedByAnother(t *testing.T) {
 	if *full {
 		faults = append(locked(t, bot.DBPath(), said, 20*time.Second, 4), locked(t, bot.DBPath(), "", 2*time.Second, 16)...)
 	}
-	c.endure(bot, "locked by another program", often(20, 200), faults)
+	c.endure(bot, "locked by another program", often(12, 200), faults)
 }
 
 // PostgreSQL is restarted, as a service is and as after a crash, and its connections are cut.
@@ -208,5 +208,5 @@ func TestDatabaseServerGoesAway(t *testing.T) {
 			fault{name: "crashed server", play: func(ctx context.Context) error { return server.Restart(ctx, postgres.Immediate) }},
 		)
 	}
-	c.endure(bot, "PostgreSQL restarted, connections killed", often(30, 300), faults)
+	c.endure(bot, "PostgreSQL restarted, connections killed", often(16, 300), faults)
 }

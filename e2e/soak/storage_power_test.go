@@ -128,12 +128,12 @@ func TestPowerFails(t *testing.T) {
 	var failed error
 	go func() {
 		defer close(done)
-		failed = o.again(ctx, often(6, 42))
+		failed = o.again(ctx, often(4, 42))
 	}()
 	// Each newcomer uses up a one-time key that the bot has published before some failure.
 	newcomers := make(chan error, 1)
 	go func() { newcomers <- c.welcome(ctx, o.bot.UserID, often(1, 5), done) }()
-	ok(t, c.talk(ctx, often(40, 400), done))
+	ok(t, c.talk(ctx, often(24, 400), done))
 	<-done
 	ok(t, failed)
 	ok(t, <-newcomers)
