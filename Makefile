@@ -24,17 +24,22 @@ pictures: ## take the pictures in docs/pictures again: the bot in a desktop clie
 
 .PHONY: test
 test: ## all tests: units with the race detector, again on PostgreSQL, then Synapse, the bot as a process, and Element's crypto
-	@./e2e/setup.sh go synapse element postgres >/dev/null
+	@./e2e/setup.sh go postgres >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
-	@$(MAKE) --no-print-directory -j2 -Otarget test-races test-postgres
+	@$(MAKE) --no-print-directory -j3 -Otarget test-races test-postgres installed
 	$(GO) test -tags $(TAGS) -count 1 -p 2 -v -timeout 12m $$($(GO) list -tags $(TAGS) ./e2e/... | grep -v '/soak$$')
 	$(GO) test -tags $(TAGS) -count 1 -v -timeout 8m ./e2e/soak
 
 # What does one thing after the other: the race detector has nothing to find there, and takes its time.
-IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot
+IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot|FailedCommit
 
 # What asks the database for the same over and over, to be sure of what is made of it.
-LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys
+LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|SixtyFourAtOnce
+
+# What the end-to-end tests need is installed while the others run.
+.PHONY: installed
+installed:
+	@./e2e/setup.sh synapse element >/dev/null
 
 # Each of these two keeps one processor busy.
 .PHONY: test-races test-postgres
