@@ -2,6 +2,7 @@ package bot
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -59,8 +60,7 @@ type verifications struct {
 
 // trust is what the hook knows of people, and what verifies them. [cryptohook.Hook] has it.
 type trust interface {
-	User(ctx context.Context, userID id.UserID) (*cryptohook.UserReport, error)
-	Recheck(ctx context.Context, users []id.UserID) error
+	directory
 	Verify(ctx context.Context, userID id.UserID, masterKey id.Ed25519) error
 }
 
@@ -240,16 +240,11 @@ func (v *verifications) isSigned(ctx context.Context, d *dialogue) (bool, error)
 
 // person is what is known of a user whom somebody wants to verify.
 func (v *verifications) person(ctx context.Context, userID id.UserID) (*cryptohook.UserReport, error) {
-	report, err := v.trust.User(ctx, userID)
-	if err != nil || report != nil && !report.Outdated {
-		return report, err
+	report, answered, err := lookUp(ctx, v.trust, userID)
+	if err == nil && !answered {
+		err = errors.New("the homeserver has not said which keys the user has")
 	}
-	asking, cancel := context.WithTimeout(ctx, recheckPatience)
-	defer cancel()
-	if err = v.trust.Recheck(asking, []id.UserID{userID}); err != nil {
-		return nil, err
-	}
-	return v.trust.User(ctx, userID)
+	return report, err
 }
 
 func (v *verifications) keyOfMautrix(ctx context.Context, userID id.UserID) (id.Ed25519, error) {

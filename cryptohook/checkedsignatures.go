@@ -21,24 +21,28 @@ func (c *checkedSignatures) valid(object []byte, check func() bool) bool {
 	digest := sha256.Sum256(object)
 	valid, known := c.look(digest)
 	if !known {
-		valid = check()
+		valid = check() // without the lock: others check others
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.keep(digest, valid)
 	}
-	c.keep(digest, valid)
 	return valid
 }
 
 func (c *checkedSignatures) look(digest [sha256.Size]byte) (valid, known bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if valid, known = c.newer[digest]; !known {
-		valid, known = c.older[digest]
+	if valid, known = c.newer[digest]; known {
+		return valid, true
+	}
+	if valid, known = c.older[digest]; known {
+		c.keep(digest, valid)
 	}
 	return valid, known
 }
 
+// keep puts what is known into the newer generation. The caller holds mu.
 func (c *checkedSignatures) keep(digest [sha256.Size]byte, valid bool) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if len(c.newer) >= signaturesInGeneration || c.newer == nil {
 		c.newer, c.older = make(map[[sha256.Size]byte]bool), c.newer
 	}

@@ -562,7 +562,7 @@ func (h *history) receive(key roomKey, together *receiving) {
 		olmEvent.SenderDeviceKeys = new(mautrix.DeviceKeys)
 		h.check(json.Unmarshal(rawJSON(p.deviceKeys(key.from.device, *key.embedded)), olmEvent.SenderDeviceKeys))
 	}
-	h.check(h.hook.receiveRoomKey(withReceiving(h.ctx), olmEvent, together))
+	h.check(h.hook.receiveRoomKey(together.context(h.ctx), olmEvent))
 }
 
 // imported has a session come in another way than from the device that made it.

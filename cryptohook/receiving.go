@@ -5,7 +5,6 @@ import (
 	"crypto/sha256"
 	"encoding/binary"
 	"fmt"
-	"maps"
 	"runtime"
 	"slices"
 	"sync"
@@ -58,7 +57,8 @@ func newReceiving(h *Hook) *receiving {
 	}
 }
 
-// context marks the context of a message as [withReceiving] does, with what was looked up.
+// context marks the context of a message that is being received. It is given to HandleEncryptedEvent and to our own storing only, for
+// mautrix takes contexts along into goroutines.
 func (r *receiving) context(ctx context.Context) context.Context {
 	return context.WithValue(ctx, receivingKey, r)
 }
@@ -99,11 +99,10 @@ const getOlmHashesQuery = `SELECT message_hash, received_at FROM crypto_olm_mess
 // lookUpHashes reads the events' Olm messages, and asks which of them were received before, in one statement. Nobody else receives, so it stays true.
 func (r *receiving) lookUpHashes(ctx context.Context, events []*event.Event) error {
 	var wanted [][]byte
-	asked := make(map[[sha256.Size]byte]time.Time)
 	for _, evt := range events {
 		if m := r.hook.olmMessageIn(evt); m != nil {
 			r.messages[evt] = m
-			asked[m.hash] = time.Time{}
+			r.hashes[m.hash] = time.Time{}
 			wanted = append(wanted, m.hash[:])
 		}
 	}
@@ -120,11 +119,10 @@ func (r *receiving) lookUpHashes(ctx context.Context, events []*event.Event) err
 		}
 		for _, k := range known {
 			if len(k.hash) == sha256.Size {
-				asked[[sha256.Size]byte(k.hash)] = time.UnixMilli(k.receivedAt)
+				r.hashes[[sha256.Size]byte(k.hash)] = time.UnixMilli(k.receivedAt)
 			}
 		}
 	}
-	maps.Copy(r.hashes, asked)
 	return nil
 }
 
@@ -166,15 +164,12 @@ func (r *receiving) device(key deviceOfKey, find func() (*id.Device, error)) (*i
 }
 
 // encryption gives the encryption settings of a room.
-func (r *receiving) encryption(ctx context.Context, h *Hook, roomID id.RoomID) (*event.EncryptionEventContent, error) {
-	if r == nil {
-		return h.mach.StateStore.GetEncryptionEvent(ctx, roomID)
-	}
+func (r *receiving) encryption(ctx context.Context, roomID id.RoomID) (*event.EncryptionEventContent, error) {
 	config, looked := r.rooms[roomID]
 	if looked {
 		return config, nil
 	}
-	config, err := h.mach.StateStore.GetEncryptionEvent(ctx, roomID)
+	config, err := r.hook.mach.StateStore.GetEncryptionEvent(ctx, roomID)
 	if err == nil {
 		r.rooms[roomID] = config
 	}

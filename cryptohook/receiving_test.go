@@ -31,7 +31,7 @@ func TestKeysOfOneDeviceShareAWalk(t *testing.T) {
 	for _, from := range []*actorDevice{alice, bob, alice, alice} {
 		s := newMegolm(trustRoom)
 		sessions = append(sessions, s)
-		if err := w.hook.receiveRoomKey(withReceiving(t.Context()), arriving(t, from, s), together); err != nil {
+		if err := w.hook.receiveRoomKey(together.context(t.Context()), arriving(t, from, s)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -58,7 +58,7 @@ func TestWalkIsNotSharedBeyondWhatWasLearnt(t *testing.T) {
 	together := newReceiving(w.hook)
 	receive := func(s *megolm) {
 		t.Helper()
-		if err := w.hook.receiveRoomKey(withReceiving(t.Context()), arriving(t, alice, s), together); err != nil {
+		if err := w.hook.receiveRoomKey(together.context(t.Context()), arriving(t, alice, s)); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -73,7 +73,7 @@ func (h *Hook) receiveEncrypted(ctx context.Context, evt *event.Event, r *receiv
 	ctx, receiving = log.WithContext(ctx), log.WithContext(receiving)
 	switch decrypted.Type.Type {
 	case event.ToDeviceRoomKey.Type:
-		return nil, h.receiveRoomKey(receiving, decrypted, r)
+		return nil, h.receiveRoomKey(receiving, decrypted)
 	case event.ToDeviceForwardedRoomKey.Type:
 		return nil, h.receiveForwarded(receiving, decrypted)
 	case bundleType, unstableBundleType:
@@ -115,15 +115,15 @@ type arrivedKey struct {
 
 // receiveRoomKey stores the Megolm session of an m.room_key together with who sent it. It does what mautrix's receiveRoomKey
 // does, and derives the sender by the steps A–J on the way.
-func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent, r *receiving) error {
+func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlmEvent) error {
 	arrived := &arrivedKey{olmEvent: olmEvent}
 	arrived.readDevice()
 	arrived.read()
-	return h.takeRoomKey(ctx, arrived, r)
+	return h.takeRoomKey(ctx, arrived)
 }
 
 // takeRoomKey is receiveRoomKey for a key that was read.
-func (h *Hook) takeRoomKey(ctx context.Context, arrived *arrivedKey, r *receiving) error {
+func (h *Hook) takeRoomKey(ctx context.Context, arrived *arrivedKey) error {
 	faultpoint.Reach("decrypted")
 	log := zerolog.Ctx(ctx)
 	if arrived.fault != nil {
@@ -138,7 +138,7 @@ func (h *Hook) takeRoomKey(ctx context.Context, arrived *arrivedKey, r *receivin
 
 	guard := h.sessions.TryLock(session.ID())
 	known := h.knowledge()
-	sender, err := h.deriveSender(ctx, arrived, guard != nil, r)
+	sender, err := h.deriveSender(ctx, arrived, guard != nil, receivingOf(ctx))
 	if err != nil {
 		guard.Unlock()
 		return err
@@ -229,7 +229,7 @@ func (k *arrivedKey) read() {
 }
 
 func (h *Hook) rotation(ctx context.Context, content *event.RoomKeyEventContent) (maxAge time.Duration, maxMessages int) {
-	config, err := receivingOf(ctx).encryption(ctx, h, content.RoomID)
+	config, err := receivingOf(ctx).encryption(ctx, content.RoomID)
 	if err != nil {
 		zerolog.Ctx(ctx).Err(err).Msg("Failed to get the encryption event of the room")
 	}

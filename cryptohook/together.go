@@ -76,7 +76,7 @@ func (h *Hook) receiveTogether(ctx context.Context, events []*event.Event, r *re
 	}
 	r.paused(len(run) == 0)
 	for _, m := range run {
-		if err = h.takeMessage(ctx, m, r); err != nil {
+		if err = h.takeMessage(ctx, m); err != nil {
 			return 0, err
 		}
 	}
@@ -84,13 +84,13 @@ func (h *Hook) receiveTogether(ctx context.Context, events []*event.Event, r *re
 }
 
 // takeMessage stores what was in a message of a run.
-func (h *Hook) takeMessage(ctx context.Context, m *olmMessage, r *receiving) error {
+func (h *Hook) takeMessage(ctx context.Context, m *olmMessage) error {
 	log := h.log.With().Stringer("sender", m.evt.Sender).Str("to_device_type", m.evt.Type.Type).Stringer("sender_key", m.senderKey).Logger()
 	if m.dropped != nil {
 		log.Error().Err(m.dropped).Msg("Ignoring an encrypted to-device event")
 		return nil
 	}
-	return h.takeRoomKey(log.WithContext(ctx), &m.arrivedKey, r)
+	return h.takeRoomKey(log.WithContext(ctx), &m.arrivedKey)
 }
 
 // paused notes whether an attempt was in vain. After those in a row more and more events are received one by one before the next: of a crowd of

@@ -86,8 +86,7 @@ var errStorage = errors.New("the crypto store failed")
 type contextKey int
 
 const (
-	// receivingKey marks the context of a message that is being received. It is given to HandleEncryptedEvent and to our own
-	// storing only, for mautrix takes contexts along into goroutines.
+	// receivingKey marks the context of a message that is being received: see [receiving.context].
 	receivingKey contextKey = iota
 	// decryptingKey marks the context of a room event that is being decrypted.
 	decryptingKey
@@ -97,9 +96,6 @@ const (
 	lockingKey
 )
 
-func withReceiving(ctx context.Context) context.Context {
-	return context.WithValue(ctx, receivingKey, true)
-}
 func isReceiving(ctx context.Context) bool { return ctx.Value(receivingKey) != nil }
 func withDecrypting(ctx context.Context) context.Context {
 	return context.WithValue(ctx, decryptingKey, true)

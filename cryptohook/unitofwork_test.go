@@ -602,7 +602,7 @@ func TestStagedGroupSessionsAreHandedOutAsCopies(t *testing.T) {
 	s, r, other := unitWorld(t)
 	ctx, m := t.Context(), newMegolm(storyRoom)
 	session := newInbound(t, m, s.peers[0].actorDevice)
-	if err := r.uow.PutGroupSession(withReceiving(ctx), session); err != nil {
+	if err := r.uow.PutGroupSession(newReceiving(r.Hook).context(ctx), session); err != nil {
 		t.Fatal(err)
 	}
 	if stored := must(other().GetGroupSession(ctx, storyRoom, m.id())); stored != nil {
@@ -657,12 +657,12 @@ func TestRedactionTakesAStagedSessionAway(t *testing.T) {
 				s, r, other := unitWorld(t)
 				ctx := t.Context()
 				gone, kept := newInbound(t, newMegolm(storyRoom), s.peers[0].actorDevice), newInbound(t, newMegolm(storyRoom), s.peers[1].actorDevice)
-				if err := errors.Join(r.uow.PutGroupSession(withReceiving(ctx), gone), r.uow.PutGroupSession(withReceiving(ctx), kept)); err != nil {
+				if err := errors.Join(r.uow.PutGroupSession(newReceiving(r.Hook).context(ctx), gone), r.uow.PutGroupSession(newReceiving(r.Hook).context(ctx), kept)); err != nil {
 					t.Fatal(err)
 				}
 				redacting := ctx
 				if receiving {
-					redacting = withReceiving(ctx)
+					redacting = newReceiving(r.Hook).context(ctx)
 				}
 				if err := redact(redacting, r.uow, gone); err != nil {
 					t.Fatal(err)
@@ -753,7 +753,7 @@ func TestAccountIsDurableOutsideOfReceiving(t *testing.T) {
 	if err := mine.Internal.GenOneTimeKeys(1); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.uow.PutAccount(withReceiving(ctx), mine); err != nil {
+	if err := r.uow.PutAccount(newReceiving(r.Hook).context(ctx), mine); err != nil {
 		t.Fatal(err)
 	}
 	if stored() != before {
@@ -812,7 +812,7 @@ func TestFlushOfNothingAsksForNothing(t *testing.T) {
 
 func TestNoRequestLeavesWhileReceiving(t *testing.T) {
 	s, r, _ := unitWorld(t)
-	if err := r.send(withReceiving(t.Context()), s.peers[0].device(), "hello"); !errors.Is(err, errNetworkWhileReceiving) {
+	if err := r.send(newReceiving(r.Hook).context(t.Context()), s.peers[0].device(), "hello"); !errors.Is(err, errNetworkWhileReceiving) {
 		t.Errorf("the error is %v", err)
 	}
 	if len(r.network.requests) > 0 {
@@ -926,7 +926,7 @@ func TestImportDuringASyncIsNotOverwrittenByWhatWasStaged(t *testing.T) {
 	earlier.KeySource = id.KeySourceBackup
 	m.message("moves the ratchet")
 	later := must(crypto.NewInboundGroupSession(p.senderKey(), p.signingKey(), storyRoom, m.later()["session_key"].(string), 0, 0, nil, false))
-	if err := errors.Join(r.uow.PutGroupSession(withReceiving(ctx), later), r.mach.StoreGroupSession(ctx, earlier), r.uow.flush(ctx)); err != nil {
+	if err := errors.Join(r.uow.PutGroupSession(newReceiving(r.Hook).context(ctx), later), r.mach.StoreGroupSession(ctx, earlier), r.uow.flush(ctx)); err != nil {
 		t.Fatal(err)
 	}
 	for _, u := range []*unitOfWork{r.uow, other()} {
