@@ -399,10 +399,12 @@ func TestAttemptsInVainAreFew(t *testing.T) {
 
 func TestCheckedSignaturesAreForgotten(t *testing.T) {
 	var c checkedSignatures
-	checks := 0
+	checks, checksOfGood := 0, 0
 	valid := func(name string) bool {
 		return c.valid([]byte(name), func() bool {
-			checks++
+			if checks++; name == "good" {
+				checksOfGood++
+			}
 			return name != "forged"
 		})
 	}
@@ -417,6 +419,9 @@ func TestCheckedSignaturesAreForgotten(t *testing.T) {
 	for i := range 3 * signaturesInGeneration {
 		valid(fmt.Sprint(i))
 		valid("good") // in use: kept
+	}
+	if checksOfGood != 1 {
+		t.Errorf("what is in use was checked %d times", checksOfGood)
 	}
 	if size := len(c.newer) + len(c.older); size > 2*signaturesInGeneration {
 		t.Errorf("%d are remembered", size)
