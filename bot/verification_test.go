@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/makiuchi-d/gozxing"
-	"github.com/makiuchi-d/gozxing/qrcode"
 	"maunium.net/go/mautrix/crypto/verificationhelper"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
@@ -577,15 +576,7 @@ func TestPictureHoldsTheBytes(t *testing.T) {
 		if painted.Bounds().Dx() != picture.width || painted.Bounds().Dy() != picture.height {
 			t.Errorf("%v pixels, said %d×%d", painted.Bounds(), picture.width, picture.height)
 		}
-		bitmap, err := gozxing.NewBinaryBitmapFromImage(painted)
-		if err != nil {
-			t.Fatal(err)
-		}
-		read, err := qrcode.NewQRCodeReader().Decode(bitmap, nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		segments, _ := read.GetResultMetadata()[gozxing.ResultMetadataType_BYTE_SEGMENTS].([][]byte)
+		segments, _ := readQR(t, picture.data).GetResultMetadata()[gozxing.ResultMetadataType_BYTE_SEGMENTS].([][]byte)
 		if len(segments) != 1 || !bytes.Equal(segments[0], code.Bytes()) {
 			t.Errorf("%s: read %d segments: %x", txnID, len(segments), segments)
 		}

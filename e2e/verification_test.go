@@ -1,9 +1,7 @@
 package e2e
 
 import (
-	"bytes"
 	"encoding/json"
-	"image/png"
 	"regexp"
 	"slices"
 	"strconv"
@@ -11,7 +9,6 @@ import (
 	"testing"
 
 	"github.com/makiuchi-d/gozxing"
-	"github.com/makiuchi-d/gozxing/qrcode"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 
@@ -257,10 +254,7 @@ func (r *registry) scan(t *testing.T) []byte {
 // readQRCode gives the bytes in a picture, which have to be one segment.
 func readQRCode(t *testing.T, picture []byte) []byte {
 	t.Helper()
-	painted := must(png.Decode(bytes.NewReader(picture)))(t)
-	bitmap := must(gozxing.NewBinaryBitmapFromImage(painted))(t)
-	read := must(qrcode.NewQRCodeReader().Decode(bitmap, nil))(t)
-	segments, _ := read.GetResultMetadata()[gozxing.ResultMetadataType_BYTE_SEGMENTS].([][]byte)
+	segments, _ := readQR(t, picture).GetResultMetadata()[gozxing.ResultMetadataType_BYTE_SEGMENTS].([][]byte)
 	if len(segments) != 1 {
 		t.Fatalf("the code has %d segments of bytes", len(segments))
 	}
