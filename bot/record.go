@@ -81,7 +81,8 @@ const (
 	getOfAnswerQuery  = selectRecord + `WHERE answer_id=$1 AND answer_id<>''`
 	getEditsQuery     = selectRecord + `WHERE edit_of=$1 AND edit_of<>''`
 	getSinceQuery     = selectRecord + `WHERE told_at_ms>=$1 ORDER BY told_at_ms`
-	getDueQuery       = selectRecord + `WHERE due_ms<=$1 ORDER BY due_ms LIMIT $2`
+	// CAST keeps SQLite from preparing it anew each time: the plan does not depend on the values.
+	getDueQuery       = selectRecord + `WHERE due_ms<=CAST($1 AS BIGINT) ORDER BY due_ms LIMIT CAST($2 AS BIGINT)`
 	getNextDueQuery   = `SELECT MIN(due_ms) FROM bot_answer WHERE due_ms>$1`
 	insertRecordQuery = `
 		INSERT INTO bot_answer (

@@ -145,9 +145,10 @@ const (
 		SELECT self_signing_key FROM sendertrust_signature
 		WHERE sender_id=(SELECT id FROM sendertrust_sender WHERE user_id=$1 AND identity_key=$2 AND signing_key=$3)
 	`
+	// CAST: see withStatementCache.
 	getSignaturesQuery = `
 		SELECT user_id, identity_key, signing_key, self_signing_key
-		FROM sendertrust_sender JOIN sendertrust_signature ON sender_id=id WHERE user_id=$1
+		FROM sendertrust_sender JOIN sendertrust_signature ON sender_id=id WHERE user_id=CAST($1 AS TEXT)
 	`
 )
 

@@ -56,6 +56,10 @@ func OpenSQLite(options SQLiteOptions) (*dbutil.Database, error) {
 const cachedStatements = 256
 
 // withStatementCache has the driver keep prepared statements, unless the URI says how many: most take longer to prepare than to run.
+//
+// SQLite prepares a statement anew all the same when its plan might depend on a parameter's value, and the driver has cleared what was bound
+// before: wherever there is a choice of plans (by a join or an order) and a column is compared with a bare parameter, or a parameter is the
+// limit. In what is asked for each message and each key, CAST has it not look at the value.
 func withStatementCache(uri string) string {
 	const parameter = "_stmt_cache_size"
 	if strings.Contains(uri, parameter) {

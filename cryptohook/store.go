@@ -61,10 +61,11 @@ const (
 		       master_key, device_keys, embedded, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
 		FROM sendertrust_session
 	`
-	getClaimsQuery     = selectSession + `WHERE session_id=$1 ORDER BY received_at_ms, sender_key`
+	// CAST: see withStatementCache.
+	getClaimsQuery     = selectSession + `WHERE session_id=CAST($1 AS TEXT) ORDER BY received_at_ms, sender_key`
 	getDueSendersQuery = `SELECT DISTINCT sender FROM sendertrust_session WHERE next_retry_time_ms <= $1`
 	// Only what came directly can be proven by what its sender publishes: anybody may have put any sender key into an export.
-	getUnprovenOfQuery = selectSession + `WHERE sender=$1 AND state IN ('unknown_device', 'device_info') AND source='direct'`
+	getUnprovenOfQuery = selectSession + `WHERE sender=CAST($1 AS TEXT) AND state IN ('unknown_device', 'device_info') AND source='direct'`
 	getDueOfQuery      = getUnprovenOfQuery + ` AND next_retry_time_ms <= $2`
 	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_claim WHERE next_retry_time_ms > $1`
 	hastenQuery        = `UPDATE sendertrust_claim SET next_retry_time_ms=$1 WHERE next_retry_time_ms > $1 AND updated_at_ms > $1`
