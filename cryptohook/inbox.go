@@ -426,6 +426,9 @@ func (h *Hook) wakeLate(ctx context.Context, sessionID id.SessionID) error {
 	h.inbox.mu.Lock()
 	h.inbox.events.stirIn(sessionID)
 	h.inbox.mu.Unlock()
+	if foresightOf(ctx).isUnawaited(sessionID) {
+		return nil
+	}
 	return h.store.wakeLate(ctx, sessionID, h.inbox.nextSeq)
 }
 

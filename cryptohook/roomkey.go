@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/rs/zerolog"
+	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
@@ -191,13 +192,17 @@ func (h *Hook) takeRoomKey(ctx context.Context, arrived *arrivedKey) error {
 
 // readDevice reads the device keys that the message holds.
 func (k *arrivedKey) readDevice() {
-	if k.olmEvent.SenderDeviceKeys == nil {
-		return
+	if keys := k.olmEvent.SenderDeviceKeys; keys != nil {
+		k.embedded, k.fault = embeddedKeys(keys)
 	}
-	var err error
-	if k.embedded, err = json.Marshal(k.olmEvent.SenderDeviceKeys); err != nil {
-		k.fault = fmt.Errorf("failed to marshal sender_device_keys: %w", err)
+}
+
+func embeddedKeys(keys *mautrix.DeviceKeys) (json.RawMessage, error) {
+	embedded, err := json.Marshal(keys)
+	if err != nil {
+		return nil, fmt.Errorf("failed to marshal sender_device_keys: %w", err)
 	}
+	return embedded, nil
 }
 
 // read makes the Megolm session, with mautrix's checks. How long it may be used is said by takeRoomKey.

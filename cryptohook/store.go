@@ -176,6 +176,9 @@ func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
 
 // upsertClaims stores claims of devices that are noted.
 func (s *store) upsertClaims(ctx context.Context, claims []*SenderData) error {
+	for _, claim := range claims {
+		foresightOf(ctx).claimed(claim.SessionID)
+	}
 	for chunk := range slices.Chunk(claims, claimsPerStatement) {
 		query, params := insertClaims.Build([0]any{}, chunk)
 		if _, err := s.Exec(ctx, query, params...); err != nil {
@@ -187,12 +190,14 @@ func (s *store) upsertClaims(ctx context.Context, claims []*SenderData) error {
 
 // mergeClaim stores what a key that has just arrived says, unless more is known already. It returns what is stored now. The device, and who has
 // signed it, are noted by the caller before: see noteSigners.
-func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (*SenderData, error) {
-	stored, err := s.claim(ctx, arrived.SessionID, arrived.SenderKey)
-	if err != nil {
-		return nil, err
+func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (merged *SenderData, err error) {
+	var stored *SenderData
+	if !foresightOf(ctx).isUnclaimed(arrived.SessionID) {
+		if stored, err = s.claim(ctx, arrived.SessionID, arrived.SenderKey); err != nil {
+			return nil, err
+		}
 	}
-	merged := mergeSenderData(stored, arrived)
+	merged = mergeSenderData(stored, arrived)
 	if merged == stored {
 		return stored, nil
 	}

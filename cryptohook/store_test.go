@@ -21,6 +21,7 @@ var everyQuery = map[string]string{
 	"getNextRetryQuery": getNextRetryQuery, "insertSenderQuery": insertSenderQuery, "upsertClaimQuery": upsertClaimQuery, "deleteClaimQuery": deleteClaimQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
 	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
 	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery, "getWithdrawnQuery": getWithdrawnQuery, "getOlmHashesQuery": getOlmHashesQuery,
+	"getClaimedQuery": getClaimedQuery, "getAwaitedQuery": getAwaitedQuery, "insertOlmHashQuery": insertOlmHashQuery,
 	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getSignaturesQuery": getSignaturesQuery,
 	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
 	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,

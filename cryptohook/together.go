@@ -2,6 +2,7 @@ package cryptohook
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
@@ -9,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -159,7 +161,8 @@ func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) 
 	if err != nil {
 		return nil, err
 	}
-	sideBySide(len(decrypted), func(i int) { h.readMessage(decrypted[i]) })
+	keys := newSentKeys()
+	sideBySide(len(decrypted), func(i int) { h.readMessage(decrypted[i], keys) })
 	if first := slices.IndexFunc(decrypted, func(m *olmMessage) bool { return m.other }); first >= 0 {
 		r.oneByOne = true
 		if err = former.restore(h.uow); err != nil {
@@ -277,7 +280,7 @@ func (f formerSessions) restore(u *unitOfWork) error {
 // https://spec.matrix.org/v1.16/client-server-api/#molmv1curve25519-aes-sha2
 type olmPayload struct {
 	Sender           id.UserID           `json:"sender"`
-	SenderDeviceKeys *mautrix.DeviceKeys `json:"sender_device_keys"`
+	SenderDeviceKeys rawMember           `json:"sender_device_keys"`
 	Keys             crypto.OlmEventKeys `json:"keys"`
 	Recipient        id.UserID           `json:"recipient"`
 	RecipientKeys    crypto.OlmEventKeys `json:"recipient_keys"`
@@ -288,29 +291,79 @@ type olmPayload struct {
 
 // readMessage makes mautrix's checks of an Olm message, and reads the room key. Only what it is given is touched: it runs beside others. What it
 // panics about is left to receiveEncrypted.
-func (h *Hook) readMessage(m *olmMessage) {
+func (h *Hook) readMessage(m *olmMessage, keys *sentKeys) {
 	defer func() {
 		if recover() != nil {
 			m.other = true
 		}
 	}()
 	var payload olmPayload
-	if err := json.Unmarshal(m.plaintext, &payload); err != nil {
+	err := json.Unmarshal(m.plaintext, &payload)
+	sent := keys.read(payload.SenderDeviceKeys.value)
+	if err = cmp.Or(err, sent.unreadable); err != nil {
 		m.dropped = fmt.Errorf("failed to parse the Olm payload: %w", err)
 		return
 	}
-	if payload.Type.Type != event.ToDeviceRoomKey.Type || !isObject(payload.Content) {
+	if payload.SenderDeviceKeys.times > 1 || payload.Type.Type != event.ToDeviceRoomKey.Type || !isObject(payload.Content) {
 		m.other = true
 		return
 	}
 	m.olmEvent = &crypto.DecryptedOlmEvent{
-		Source: m.evt, SenderKey: m.senderKey, Sender: payload.Sender, SenderDeviceKeys: payload.SenderDeviceKeys, Keys: payload.Keys,
+		Source: m.evt, SenderKey: m.senderKey, Sender: payload.Sender, SenderDeviceKeys: sent.keys, Keys: payload.Keys,
 		Recipient: payload.Recipient, RecipientKeys: payload.RecipientKeys, Type: payload.Type, Content: event.Content{VeryRaw: payload.Content},
 	}
-	m.readDevice()
+	m.embedded, m.fault = sent.embedded, sent.fault
 	if m.dropped = h.refusal(m); m.dropped == nil && m.fault == nil {
 		m.read()
 	}
+}
+
+// rawMember is a member of an object as it came. Of one that is there several times mautrix mixes the values.
+type rawMember struct {
+	value json.RawMessage
+	times int
+}
+
+// UnmarshalJSON implements [json.Unmarshaler].
+func (m *rawMember) UnmarshalJSON(value []byte) error {
+	m.value, m.times = bytes.Clone(value), m.times+1
+	return nil
+}
+
+// sentKeys are the sender_device_keys of a run, each read once: a device sends the same ones with each of its keys.
+type sentKeys struct {
+	mu   sync.Mutex
+	seen map[string]sentDeviceKeys
+}
+
+// sentDeviceKeys are device keys that came with a message; none is without keys.
+type sentDeviceKeys struct {
+	keys *mautrix.DeviceKeys
+	// embedded and fault are those of [arrivedKey].
+	embedded          json.RawMessage
+	unreadable, fault error
+}
+
+func newSentKeys() *sentKeys { return &sentKeys{seen: make(map[string]sentDeviceKeys)} }
+
+// read reads the keys, of which nothing may be changed: they are those of other messages as well.
+func (s *sentKeys) read(value json.RawMessage) sentDeviceKeys {
+	if len(value) == 0 || string(value) == "null" {
+		return sentDeviceKeys{}
+	}
+	s.mu.Lock()
+	sent, seen := s.seen[string(value)]
+	s.mu.Unlock()
+	if seen {
+		return sent
+	}
+	if sent.unreadable = json.Unmarshal(value, &sent.keys); sent.unreadable == nil {
+		sent.embedded, sent.fault = embeddedKeys(sent.keys)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.seen[string(value)] = sent
+	return sent
 }
 
 func isObject(content json.RawMessage) bool { return bytes.HasPrefix(content, []byte("{")) }

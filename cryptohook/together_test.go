@@ -94,13 +94,18 @@ func (w *twins) key(p *peer) object {
 
 // payload is a room key whose Olm payload a test changes.
 func (w *twins) payload(p *peer, change func(payload object)) object {
-	payload := object{
+	payload := w.plain(p)
+	change(payload)
+	return w.text(p, string(rawJSON(payload)))
+}
+
+// plain is what is encrypted of a room key.
+func (w *twins) plain(p *peer) object {
+	return object{
 		"type": "m.room_key", "content": newMegolm(storyRoom).roomKey(), "sender": p.owner.userID.String(),
 		"sender_device_keys": p.keys(), "keys": object{"ed25519": p.signingKey().String()},
 		"recipient": receiverUser.String(), "recipient_keys": object{"ed25519": w.receiver.SigningKey().String()},
 	}
-	change(payload)
-	return w.text(p, string(rawJSON(payload)))
 }
 
 // text is an Olm message with any text.
@@ -223,6 +228,13 @@ var oddMessages = map[string]func(w *twins, p *peer) object{
 			payload["sender_device_keys"] = p.ownKeys(p.owner.userID, p.senderKey().String(), other.signingKey().String(), other.account)
 			payload["keys"] = object{"ed25519": other.signingKey().String()}
 		})
+	},
+	"device keys, null": func(w *twins, p *peer) object {
+		return w.payload(p, func(payload object) { payload["sender_device_keys"] = nil })
+	},
+	"device keys, twice": func(w *twins, p *peer) object {
+		const member = `"sender_device_keys":`
+		return w.text(p, strings.Replace(string(rawJSON(w.plain(p))), member, member+`{"x":1},`+member, 1))
 	},
 	"device keys, a list": func(w *twins, p *peer) object {
 		return w.payload(p, func(payload object) { payload["sender_device_keys"] = []any{} })

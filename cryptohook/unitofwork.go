@@ -2,12 +2,16 @@ package cryptohook
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
+	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/id"
 
@@ -43,6 +47,8 @@ type unitOfWork struct {
 	transaction func(ctx context.Context, fn func(ctx context.Context) error) error
 	// putOther stores a session that did not come in an m.room_key.
 	putOther func(ctx context.Context, session *crypto.InboundGroupSession) error
+	// foresee begins a transaction that stores these Megolm sessions, and gives the context for the rest of it.
+	foresee func(ctx context.Context, sessions []id.SessionID) (context.Context, error)
 	// stored is part of storing a Megolm session: events may wait for its key.
 	stored func(ctx context.Context, sessionID id.SessionID) error
 	// undone is called when a part of a transaction was rolled back, and the rest goes on.
@@ -94,6 +100,8 @@ const (
 	disputedKey
 	// lockingKey marks the context of a call that is made for mautrix's Olm lock.
 	lockingKey
+	// foresightKey is what goes with the context of a transaction: see [store.foresee].
+	foresightKey
 )
 
 func isReceiving(ctx context.Context) bool { return ctx.Value(receivingKey) != nil }
@@ -112,6 +120,7 @@ func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 		transaction: func(ctx context.Context, fn func(ctx context.Context) error) error {
 			return store.DB.DoTxn(ctx, nil, fn)
 		},
+		foresee:   func(ctx context.Context, _ []id.SessionID) (context.Context, error) { return ctx, nil },
 		undone:    func() {},
 		olm:       make(map[id.SenderKey][]*olmRecord),
 		byPointer: make(map[*crypto.OlmSession]*olmRecord),
@@ -191,11 +200,17 @@ func (u *unitOfWork) flush(ctx context.Context) error {
 	defer u.mu.Unlock()
 	if u.broken != nil {
 		return u.broken
-	} else if len(u.writes) == 0 && len(u.dirtyOlm) == 0 && u.account == nil {
+	} else if len(u.writes) == 0 && len(u.hashes) == 0 && len(u.dirtyOlm) == 0 && u.account == nil {
 		return nil
 	}
 	ctx = context.WithoutCancel(ctx)
-	err := u.transaction(ctx, func(ctx context.Context) error { return u.writeAll(ctx, asItIs) })
+	err := u.transaction(ctx, func(ctx context.Context) error {
+		ctx, err := u.foresee(ctx, slices.Collect(maps.Keys(u.groups)))
+		if err != nil {
+			return err
+		}
+		return u.writeAll(ctx, asItIs)
+	})
 	if isRefused(err) {
 		err = u.transaction(ctx, func(ctx context.Context) error { return u.writeAll(ctx, u.leaveOutRefused) })
 	}
@@ -270,6 +285,9 @@ func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context
 			return fmt.Errorf("failed to store an Olm session: %w", err)
 		}
 	}
+	if err := u.writeHashes(ctx); err != nil {
+		return fmt.Errorf("failed to store that Olm messages were received: %w", err)
+	}
 	if err := u.at("ratchets"); err != nil {
 		return err
 	}
@@ -279,6 +297,36 @@ func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context
 		}
 	}
 	return u.at("written")
+}
+
+// olmHash is a row that says that an Olm message was received.
+type olmHash struct {
+	hash       [sha256.Size]byte
+	receivedAt time.Time
+}
+
+// GetMassInsertValues implements [dbutil.MassInsertable].
+func (h olmHash) GetMassInsertValues() [2]any { return [2]any{h.receivedAt.UnixMilli(), h.hash[:]} }
+
+// insertOlmHashes is mautrix's statement for one.
+var insertOlmHashes = dbutil.NewMassInsertBuilder[olmHash, [1]any](insertOlmHashQuery, "($1, $%d, $%d)")
+
+const insertOlmHashQuery = `
+	INSERT INTO crypto_olm_message_hash (account_id, received_at, message_hash) VALUES ($1, $2, $3) ON CONFLICT (message_hash) DO NOTHING
+`
+
+func (u *unitOfWork) writeHashes(ctx context.Context) error {
+	hashes := make([]olmHash, 0, len(u.hashes))
+	for hash, receivedAt := range u.hashes {
+		hashes = append(hashes, olmHash{hash, receivedAt})
+	}
+	for some := range slices.Chunk(hashes, perStatement) {
+		query, params := insertOlmHashes.Build([1]any{u.AccountID}, some)
+		if _, err := u.DB.Exec(ctx, query, params...); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Flush implements [crypto.Store].
@@ -324,9 +372,6 @@ func (u *unitOfWork) PutOlmHash(ctx context.Context, hash [32]byte, received tim
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.hashes[hash] = received
-	u.writes = append(u.writes, func(ctx context.Context) error {
-		return u.SQLCryptoStore.PutOlmHash(ctx, hash, received)
-	})
 	return nil
 }
 

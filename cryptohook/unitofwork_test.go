@@ -129,7 +129,7 @@ func TestFailedCommitKeepsEverythingAndSendsNothing(t *testing.T) {
 		"crypto_tracked_user":           writing("crypto_tracked_user"),
 		"sendertrust_sender":            writing("sendertrust_sender"),
 		"sendertrust_claim":             writing("sendertrust_claim"),
-		"sendertrust_session, reading":  reading("sendertrust_session"),
+		"sendertrust_claim, reading":    reading("sendertrust_claim"),
 		"sendertrust_withheld":          writing("sendertrust_withheld"),
 		"sendertrust_inbox":             writing("sendertrust_inbox"),
 		"disk full":                     nil,
