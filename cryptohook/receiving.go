@@ -3,7 +3,6 @@ package cryptohook
 import (
 	"context"
 	"crypto/sha256"
-	"encoding/binary"
 	"fmt"
 	"runtime"
 	"slices"
@@ -224,21 +223,13 @@ func (h *Hook) noteSigners(ctx context.Context, claim *SenderData) (news bool, e
 	return news, nil
 }
 
-// digestOfSigners is a hash of all that [store.noteSigners] notes of a claim. Each part has its length before it.
+// digestOfSigners is a hash of all that [store.noteSigners] notes of a claim.
 func digestOfSigners(claim *SenderData) [sha256.Size]byte {
-	hash := sha256.New()
-	add := func(part string) {
-		_ = binary.Write(hash, binary.BigEndian, uint64(len(part)))
-		hash.Write([]byte(part))
-	}
-	for _, part := range []string{claim.Sender.String(), claim.SenderKey.String(), claim.SigningKey.String()} {
-		add(part)
-	}
+	parts := []string{claim.Sender.String(), claim.SenderKey.String(), claim.SigningKey.String()}
 	for _, signer := range claim.signers {
-		add(signer.key.String())
-		add(string(signer.object))
+		parts = append(parts, signer.key.String(), string(signer.object))
 	}
-	return [sha256.Size]byte(hash.Sum(nil))
+	return hashOfParts(parts...)
 }
 
 // forgetTransaction forgets what was done in the transaction that is open: a part of it was rolled back.

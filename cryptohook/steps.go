@@ -45,6 +45,8 @@ type derivation struct {
 	now    time.Time
 	// jitter is a factor around 1 for the back-off, so that many sessions do not ask at the same instant; 0 takes one by chance.
 	jitter float64
+	// checked are signatures that were checked; nil: all are checked anew.
+	checked *checkedSignatures
 	// embedded is the sender_device_keys object of the Olm message, if it has one.
 	embedded json.RawMessage
 	// queried says that the sender's keys were asked for since the row was stored: this walk is a retry.
@@ -234,7 +236,7 @@ func (d *derivation) signedByKnownKey() bool {
 
 // validSignature says whether the self-signing key that we know has signed the device keys at hand.
 func (d *derivation) validSignature() bool {
-	return signedBy(d.raw, d.data.Sender, d.identity.SelfSigningKey)
+	return d.checked.signedBy(d.raw, d.data.Sender, d.identity.SelfSigningKey)
 }
 
 // signed says whether the device keys at hand are signed as a step asks, or were at some time, or are as they are published now.

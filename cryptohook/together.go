@@ -409,7 +409,7 @@ func (h *Hook) refusal(m *olmMessage) error {
 // selfSigned says whether the device has signed its keys that the message holds.
 func (h *Hook) selfSigned(m *olmMessage, signingKey id.Ed25519) bool {
 	keys := m.olmEvent.SenderDeviceKeys
-	return h.signatures.valid(m.embedded, func() bool {
+	return h.signatures.valid(digestOf(m.embedded, keys.UserID, keys.DeviceID.String(), signingKey), func() bool {
 		valid, err := signatures.VerifySignatureJSON(*keys, keys.UserID, keys.DeviceID.String(), signingKey)
 		return err == nil && valid
 	})

@@ -409,43 +409,6 @@ func TestAttemptsInVainAreFew(t *testing.T) {
 	}
 }
 
-func TestCheckedSignaturesAreForgotten(t *testing.T) {
-	var c checkedSignatures
-	checks, checksOfGood := 0, 0
-	valid := func(name string) bool {
-		return c.valid([]byte(name), func() bool {
-			if checks++; name == "good" {
-				checksOfGood++
-			}
-			return name != "forged"
-		})
-	}
-	for range 2 {
-		if !valid("good") || valid("forged") {
-			t.Error("a signature is taken for another")
-		}
-	}
-	if checks != 2 {
-		t.Errorf("%d checks of two signatures", checks)
-	}
-	for i := range 3 * signaturesInGeneration {
-		valid(fmt.Sprint(i))
-		valid("good") // in use: kept
-	}
-	if checksOfGood != 1 {
-		t.Errorf("what is in use was checked %d times", checksOfGood)
-	}
-	if size := len(c.newer) + len(c.older); size > 2*signaturesInGeneration {
-		t.Errorf("%d are remembered", size)
-	}
-	before := checks
-	valid("good")
-	valid("forged")
-	if checks != before+1 {
-		t.Errorf("%d checks: what is in use is to be remembered, and what is not forgotten", checks-before)
-	}
-}
-
 // mautrix lends its Olm lock by a way of ours: see withOlmLock.
 func TestAssumptionOlmLockIsHeld(t *testing.T) {
 	w := newTwins(t)
