@@ -25,14 +25,14 @@ func TestCheckedSignaturesAreForgotten(t *testing.T) {
 	if checks != 2 {
 		t.Errorf("%d checks of two signatures", checks)
 	}
-	for i := range 3 * signaturesInGeneration {
+	for i := range 3 * perGeneration {
 		valid(fmt.Sprint(i))
 		valid("good") // in use: kept
 	}
 	if checksOfGood != 1 {
 		t.Errorf("what is in use was checked %d times", checksOfGood)
 	}
-	if size := len(c.newer) + len(c.older); size > 2*signaturesInGeneration {
+	if size := len(c.newer) + len(c.older); size > 2*perGeneration {
 		t.Errorf("%d are remembered", size)
 	}
 	before := checks
@@ -44,8 +44,8 @@ func TestCheckedSignaturesAreForgotten(t *testing.T) {
 }
 
 func TestSignatureIsRememberedByAllThatItDependsOn(t *testing.T) {
-	digests := map[signatureDigest]string{}
-	for name, digest := range map[string]signatureDigest{
+	digests := map[digest]string{}
+	for name, digest := range map[string]digest{
 		"one":                digestOf(json.RawMessage("{}"), "@a", "k", "key"),
 		"another object":     digestOf(json.RawMessage("[]"), "@a", "k", "key"),
 		"another user":       digestOf(json.RawMessage("{}"), "@b", "k", "key"),

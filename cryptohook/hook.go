@@ -87,9 +87,8 @@ type Hook struct {
 	questions keyQuestions
 	own       ownWatch
 	counters  counters
-	// judgedPending and noted are written in the unit of work's transactions only.
+	// judgedPending is written in the unit of work's transactions only.
 	judgedPending pendingJudged
-	noted         notedSigners
 	signatures    checkedSignatures
 	// oneByOne has nothing be received together, for tests that look at each message.
 	oneByOne bool

@@ -200,31 +200,21 @@ func sideBySide(count int, do func(i int)) {
 	}
 }
 
-// notedSigners are the devices and signatures that were noted in the transaction that is open. It is touched in the unit of work's transactions
-// only.
-type notedSigners struct {
-	transaction dbutil.Execable
-	claims      map[[sha256.Size]byte]struct{}
-}
-
-// noteSigners notes a device and who has signed it, once a transaction, and says whether any of it is news.
+// noteSigners notes a device and who has signed it, and says whether any of it is news. What was noted stays: nobody takes it away.
 func (h *Hook) noteSigners(ctx context.Context, claim *SenderData) (news bool, err error) {
-	transaction, digest := h.store.Execable(ctx), digestOfSigners(claim)
-	if h.noted.transaction != transaction {
-		h.noted = notedSigners{transaction: transaction, claims: make(map[[sha256.Size]byte]struct{})}
-	}
-	if _, noted := h.noted.claims[digest]; noted {
+	digest := digestOfSigners(claim)
+	if h.store.noted.has(digest) {
 		return false, nil
 	}
 	if news, err = h.store.noteSigners(ctx, claim); err != nil {
 		return news, fmt.Errorf("failed to note whose session %s is: %w", claim.SessionID, err)
 	}
-	h.noted.claims[digest] = struct{}{}
+	h.store.noted.keep(digest, true)
 	return news, nil
 }
 
 // digestOfSigners is a hash of all that [store.noteSigners] notes of a claim.
-func digestOfSigners(claim *SenderData) [sha256.Size]byte {
+func digestOfSigners(claim *SenderData) digest {
 	parts := []string{claim.Sender.String(), claim.SenderKey.String(), claim.SigningKey.String()}
 	for _, signer := range claim.signers {
 		parts = append(parts, signer.key.String(), string(signer.object))
@@ -234,5 +224,6 @@ func digestOfSigners(claim *SenderData) [sha256.Size]byte {
 
 // forgetTransaction forgets what was done in the transaction that is open: a part of it was rolled back.
 func (h *Hook) forgetTransaction() {
-	h.noted, h.judgedPending = notedSigners{}, pendingJudged{}
+	h.store.noted.clear()
+	h.judgedPending = pendingJudged{}
 }

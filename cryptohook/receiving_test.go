@@ -188,46 +188,76 @@ func TestSideBySideDoesAllOnce(t *testing.T) {
 	})
 }
 
-// A device and its signatures are noted once in a transaction, and again in the next one if that came to nothing.
-func TestSignersAreNotedAgainAfterARollback(t *testing.T) {
-	w := newTrustWorld(t)
-	h := w.hook
-	claim := &SenderData{
+func signedClaim() *SenderData {
+	return &SenderData{
 		SessionID: "s", Sender: "@alice:test", SenderKey: "k", SigningKey: "e", State: StateDeviceInfo, Source: SourceDirect,
 		signers: []signer{{key: "S", object: []byte(`{"a":1}`)}},
 	}
+}
+
+// A device and its signatures are noted once, and again if the transaction came to nothing.
+func TestSignersAreNotedAgainAfterARollback(t *testing.T) {
+	h, ctx := newTrustWorld(t).hook, t.Context()
 	rolledBack := errors.New("rolled back")
-	note := func(ctx context.Context, want bool) {
+	noteTwice := func(news bool, end error) {
 		t.Helper()
-		if news, err := h.noteSigners(ctx, claim); err != nil || news != want {
-			t.Errorf("news: %v, want %v (%v)", news, want, err)
+		h.uow.stage(func(ctx context.Context) error {
+			for _, want := range []bool{news, false} {
+				if got, err := h.noteSigners(ctx, signedClaim()); err != nil || got != want {
+					t.Errorf("news: %t, want %t (%v)", got, want, err)
+				}
+			}
+			return end
+		})
+		if err := h.uow.flush(ctx); !errors.Is(err, end) {
+			t.Error(err)
 		}
+		h.uow.clear()
 	}
+	noteTwice(true, rolledBack)
+	noteTwice(true, nil)
+	if !h.store.noted.has(digestOfSigners(signedClaim())) {
+		t.Error("it is not remembered that they are noted")
+	}
+	noteTwice(false, nil)
+	if signers := must(h.store.signers(ctx, "@alice:test", "k", "e")); len(signers) != 1 {
+		t.Errorf("noted are %v", signers)
+	}
+}
+
+func TestSignersAreNotedAgainAfterAPartWasRolledBack(t *testing.T) {
+	h := newTrustWorld(t).hook
 	err := h.store.write(t.Context(), func(ctx context.Context) error {
-		note(ctx, true)
-		note(ctx, false)
-		return rolledBack
-	})
-	if !errors.Is(err, rolledBack) {
-		t.Fatal(err)
-	}
-	if err = h.store.write(t.Context(), func(ctx context.Context) error {
 		if _, err := h.store.Exec(ctx, "SAVEPOINT one"); err != nil {
 			return err
 		}
-		note(ctx, true)
+		if _, err := h.noteSigners(ctx, signedClaim()); err != nil {
+			return err
+		}
 		if _, err := h.store.Exec(ctx, "ROLLBACK TO SAVEPOINT one"); err != nil {
 			return err
 		}
 		h.forgetTransaction()
-		note(ctx, true)
-		_, err := h.store.mergeClaim(ctx, claim)
-		return err
-	}); err != nil {
+		return h.mergeClaim(ctx, signedClaim())
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+// An operator may put an older copy of the database in the place of ours.
+func TestWhatIsRememberedAsNotedAndIsNotThereIsNotedAgain(t *testing.T) {
+	h, ctx := newTrustWorld(t).hook, t.Context()
+	h.store.noted.keep(digestOfSigners(signedClaim()), true)
+	h.uow.stage(func(ctx context.Context) error { return h.mergeClaim(ctx, signedClaim()) })
+	if err := h.uow.flush(ctx); err == nil {
+		t.Error("a claim of a device that is not there was stored")
+	}
+	if err := h.uow.flush(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if signers := must(h.store.signers(t.Context(), "@alice:test", "k", "e")); len(signers) != 1 {
-		t.Errorf("noted are %v", signers)
+	if claims := must(h.store.claims(ctx, "s")); len(claims) != 1 {
+		t.Errorf("%d claims", len(claims))
 	}
 }
 

@@ -30,6 +30,9 @@ type store struct {
 	owner *Ownership
 	// failures counts the transactions that failed.
 	failures atomic.Uint64
+	// noted are the devices and signatures that are noted, by [digestOfSigners]. With any failure it is forgotten: what was noted may have been
+	// undone, or somebody has put another database in the place of this one.
+	noted remembered
 }
 
 func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
@@ -40,6 +43,9 @@ func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
 // before it has committed. A process that does not own the database any more gets [ErrNotOwner].
 func (s *store) write(ctx context.Context, fn func(ctx context.Context) error) error {
 	err := s.owner.Write(ctx, s.Database, fn)
+	if err != nil {
+		s.noted.clear()
+	}
 	if err != nil && ctx.Err() == nil {
 		s.failures.Add(1)
 	}
