@@ -51,16 +51,11 @@ func (h *Hook) Review(ctx context.Context, told Verdict, sender id.UserID) (Verd
 			return told, nil
 		}
 	}
-	claims, err := h.store.claims(ctx, told.SessionID)
+	grounds, awaits, err := h.groundsNow(ctx, told.SessionID)
 	if err != nil {
 		return told, err
 	}
-	claims = livingClaims(claims)
-	awaits, err := h.awaitsKeys(ctx, claims)
-	if err != nil {
-		return told, err
-	}
-	now, _, err := h.weigh(ctx, sender, told.SessionID, claims)
+	now, err := h.weigh(ctx, sender, told.SessionID, grounds)
 	if err != nil {
 		return told, err
 	}

@@ -144,32 +144,30 @@ func (h *Hook) wasEncrypted(ctx context.Context, evt *event.Event) (encrypted bo
 
 func (h *Hook) examineEncrypted(ctx context.Context, evt *event.Event) (*Examination, error) {
 	sessionID := evt.Content.AsEncrypted().SessionID
-	all, err := h.store.claims(ctx, sessionID)
+	all, err := h.store.grounds(ctx, sessionID)
 	if err == nil && len(all) == 0 {
 		// A key that has just come may be staged only.
 		if err = h.uow.flush(ctx); err == nil {
-			all, err = h.store.claims(ctx, sessionID)
+			all, err = h.store.grounds(ctx, sessionID)
 		}
 	}
 	if err != nil {
 		return nil, err
 	}
 	claims := livingClaims(all)
-	verdict, identity, err := h.weigh(ctx, evt.Sender, sessionID, claims)
+	verdict, err := h.weigh(ctx, evt.Sender, sessionID, claims)
 	if err != nil {
 		return nil, err
 	}
 	verdict.EventID = evt.ID
-	if verdict.Outdated, err = h.awaitsKeys(ctx, claims); err != nil {
-		return nil, err
-	}
+	verdict.Outdated = h.awaitsKeys(claims)
 	found := &Examination{Event: evt}
 	if found.Event, err = h.open(ctx, evt, &verdict, len(claims) > 0); err != nil {
 		return nil, err
 	}
 	found.Verdict = verdict
 	for _, claim := range append(claims, rejectedBeside(claims, all)...) {
-		told, err := h.tell(ctx, claim, identity, verdict.SourceUser)
+		told, err := h.tell(ctx, claim, verdict.SourceUser)
 		if err != nil {
 			return nil, err
 		}
@@ -182,8 +180,8 @@ func (h *Hook) examineEncrypted(ctx context.Context, evt *event.Event) (*Examina
 }
 
 // rejectedBeside gives the claims that livingClaims has left out.
-func rejectedBeside(living, all []*SenderData) []*SenderData {
-	var rejected []*SenderData
+func rejectedBeside(living, all []ground) []ground {
+	var rejected []ground
 	for _, claim := range all {
 		if !slices.Contains(living, claim) {
 			rejected = append(rejected, claim)
@@ -217,8 +215,8 @@ func (h *Hook) open(ctx context.Context, evt *event.Event, verdict *Verdict, cla
 	return decrypted, nil
 }
 
-// tell gives a claim with what is kept of its device. identity is that of the claim that the verdict rests on.
-func (h *Hook) tell(ctx context.Context, claim *SenderData, identity *Identity, sourceUser id.UserID) (told Claim, err error) {
+// tell gives a claim with what is kept of its device.
+func (h *Hook) tell(ctx context.Context, claim ground, sourceUser id.UserID) (told Claim, err error) {
 	told = Claim{
 		UserID: claim.Sender, DeviceID: claim.DeviceID, SenderKey: claim.SenderKey, SigningKey: claim.SigningKey, State: claim.State,
 		MasterKey: claim.MasterKey, Source: claim.Source, Reason: claim.Reason, Legacy: claim.Legacy,
@@ -228,26 +226,21 @@ func (h *Hook) tell(ctx context.Context, claim *SenderData, identity *Identity, 
 		told.SourceUser = sourceUser
 	}
 	if claim.Sender == "" {
-		told.Steps = stepsOf(claim, nil, nil)
+		told.Steps = stepsOf(claim.SenderData, nil, nil)
 		return told, nil
 	}
 	if told.Signers, err = h.store.signers(ctx, claim.Sender, claim.SenderKey, claim.SigningKey); err != nil {
 		return told, err
 	}
-	if identity == nil || identity.UserID != claim.Sender {
-		if identity, err = h.store.identity(ctx, claim.Sender); err != nil {
-			return told, err
-		}
-	}
-	signer, err := h.signerOf(ctx, claim, identity)
+	signer, err := h.signerOf(ctx, claim.SenderData, claim.identity)
 	if err != nil {
 		return told, err
 	}
-	if told.DeviceKeys, err = h.deviceKeysOf(ctx, claim, signer); err != nil {
+	if told.DeviceKeys, err = h.deviceKeysOf(ctx, claim.SenderData, signer); err != nil {
 		return told, err
 	}
-	walk, err := h.walkAgain(ctx, claim)
-	told.Steps = stepsOf(claim, identity, walk)
+	walk, err := h.walkAgain(ctx, claim.SenderData)
+	told.Steps = stepsOf(claim.SenderData, claim.identity, walk)
 	return told, err
 }
 

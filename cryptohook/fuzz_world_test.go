@@ -831,7 +831,7 @@ func (r *fuzzRun) checkTrust(e *evidence) {
 func (r *fuzzRun) checkSignatures(e *evidence) {
 	r.t.Helper()
 	for _, userID := range scanStrings(r.db.RawDB, "SELECT DISTINCT user_id FROM sendertrust_sender") {
-		for proof := range must(r.hook.store.signatures(r.ctx, id.UserID(userID))) {
+		for proof := range must(r.hook.store.signatures(r.ctx, []id.UserID{id.UserID(userID)})) {
 			if _, known := e.user(proof.userID); !e.signed[proof] && (known || !r.selfMade(proof)) {
 				r.t.Errorf("%+v is taken for a valid signature", proof)
 			}

@@ -2,8 +2,11 @@ package cryptohook
 
 import (
 	"context"
+	"database/sql"
 	"errors"
 	"fmt"
+	"math"
+	"sync/atomic"
 
 	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/crypto"
@@ -21,7 +24,14 @@ func (u *unitOfWork) GetGroupSession(ctx context.Context, roomID id.RoomID, sess
 	if staged := u.stagedGroup(sessionID); staged != nil && staged.RoomID == roomID {
 		return u.copyGroup(staged)
 	}
-	session, err := u.SQLCryptoStore.GetGroupSession(ctx, roomID, sessionID)
+	if receivingOf(ctx).isAbsent(sessionID) {
+		return nil, nil
+	}
+	get := u.SQLCryptoStore.GetGroupSession
+	if isDecrypting(ctx) {
+		get = u.groupToDecrypt
+	}
+	session, err := get(ctx, roomID, sessionID)
 	if session == nil && err == nil && isDecrypting(ctx) {
 		session, err = u.claimedGroupSession(ctx, roomID, sessionID)
 	}
@@ -91,7 +101,19 @@ func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.Inboun
 	if u.stageGroupSession(ctx, session, put) {
 		return nil
 	}
+	u.direct.begun.Add(1)
+	defer u.direct.ended.Add(1)
 	return u.transaction(ctx, put)
+}
+
+// directStores counts the times that a session began to be stored, and was, at once and not with what is staged.
+type directStores struct{ begun, ended atomic.Uint64 }
+
+// now gives how many were begun, and says whether all of those have ended.
+func (d *directStores) now() (begun uint64, settled bool) {
+	ended := d.ended.Load()
+	begun = d.begun.Load()
+	return begun, begun == ended
 }
 
 func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.InboundGroupSession, put write) bool {
@@ -101,6 +123,7 @@ func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.Inbo
 		return false
 	}
 	u.groups[session.ID()] = session
+	receivingOf(ctx).stored(session.ID())
 	u.writes = append(u.writes, put)
 	return true
 }
@@ -258,6 +281,9 @@ func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.Sess
 		return true, nil
 	}
 	u.indices[key] = seen
+	if group := u.open.look(sessionID); group != nil {
+		group.highest = max(group.highest, int64(key.column()))
+	}
 	u.writes = append(u.writes, func(ctx context.Context) error {
 		_, err := u.DB.Exec(ctx, insertMessageIndexQuery, sessionID, key.column(), eventID, timestamp)
 		return err
@@ -266,6 +292,8 @@ func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.Sess
 }
 
 const (
+	// The CAST is for SQLite, as in unguessed, and to what PostgreSQL's column is.
+	getHighestIndexQuery    = `SELECT MAX("index") FROM crypto_message_index WHERE session_id=CAST($1 AS CHAR(43))`
 	getMessageIndexQuery    = `SELECT event_id, timestamp FROM crypto_message_index WHERE session_id=$1 AND "index"=$2`
 	insertMessageIndexQuery = `
 		INSERT INTO crypto_message_index (session_id, "index", event_id, timestamp) VALUES ($1, $2, $3, $4)
@@ -277,7 +305,37 @@ const (
 // own statement fails there on PostgreSQL.
 func (m messageIndex) column() int32 { return int32(uint32(m.index)) }
 
+// storedIndex gives the event that has an index which is not staged; none if nobody has it. The caller holds mu.
 func (u *unitOfWork) storedIndex(ctx context.Context, key messageIndex) (stored indexedEvent, err error) {
+	if unused, err := u.isAboveAll(ctx, key); unused || err != nil {
+		return indexedEvent{}, err
+	}
 	err = u.DB.QueryRow(ctx, getMessageIndexQuery, key.sessionID, key.column()).Scan(&stored.eventID, &stored.timestamp)
 	return stored, ignoreNoRows(err)
+}
+
+// isAboveAll says that a message index is higher than all that are stored or staged for its session, as it is of all but repeated, late and
+// disputed messages: higher as their column holds them, by which they are looked up. That is known without asking as long as the session is
+// open, for nobody else stores any. The caller holds mu.
+func (u *unitOfWork) isAboveAll(ctx context.Context, key messageIndex) (bool, error) {
+	group := u.open.look(key.sessionID)
+	if group == nil {
+		return false, nil
+	}
+	if !group.highestKnown {
+		var highest sql.NullInt64
+		if err := u.DB.QueryRow(ctx, getHighestIndexQuery, key.sessionID).Scan(&highest); err != nil {
+			return false, err
+		}
+		group.highestKnown, group.highest = true, math.MinInt64
+		if highest.Valid {
+			group.highest = highest.Int64
+		}
+		for staged := range u.indices {
+			if staged.sessionID == key.sessionID {
+				group.highest = max(group.highest, int64(staged.column()))
+			}
+		}
+	}
+	return int64(key.column()) > group.highest, nil
 }

@@ -43,14 +43,14 @@ const (
 		INSERT INTO sendertrust_inbox (event_id, seq, room_id, room_encrypted, received_at_ms, event, told)
 		VALUES ($1, $2, $3, $4, $5, $6, false) ON CONFLICT (event_id) DO NOTHING
 	`
-	// CAST: see withStatementCache.
+	// CAST: see unguessed.
 	getInboxQuery    = `SELECT event_id, seq, room_id, room_encrypted, received_at_ms, event, told FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL AND seq>CAST($1 AS BIGINT) ORDER BY seq LIMIT CAST($2 AS BIGINT)`
 	getTextQuery     = `SELECT event FROM sendertrust_inbox WHERE event_id=$1 AND event IS NOT NULL`
 	getAllLateQuery  = `SELECT event FROM sendertrust_inbox WHERE late_session IS NOT NULL AND event IS NOT NULL`
 	markHandledQuery = `UPDATE sendertrust_inbox SET event=NULL WHERE event_id=$1`
 	pruneInboxQuery  = `DELETE FROM sendertrust_inbox WHERE event IS NULL AND received_at_ms<$1`
 	markLateQuery    = `UPDATE sendertrust_inbox SET told=true, late_session=$2 WHERE event_id=$1`
-	getLateQuery     = `SELECT event_id FROM sendertrust_inbox WHERE late_session=CAST($1 AS TEXT) ORDER BY seq`
+	getLateQuery     = `SELECT event_id FROM sendertrust_inbox WHERE late_session=` + unguessed + ` ORDER BY seq`
 	wakeLateQuery    = `UPDATE sendertrust_inbox SET late_session=NULL, seq=$2 WHERE event_id=$1`
 	giveUpLateQuery  = `UPDATE sendertrust_inbox SET event=NULL, late_session=NULL WHERE late_session IS NOT NULL AND received_at_ms<$1`
 	lastSeqQuery     = `SELECT COALESCE(MAX(seq), 0) FROM sendertrust_inbox WHERE event IS NOT NULL AND late_session IS NULL`

@@ -58,19 +58,14 @@ func withhold(evt *event.Event) {
 // judgeEncrypted judges by the claims on the event's session, once what its sender publishes is known or took too long.
 func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Event) (_ *event.Event, v Verdict, wait time.Duration, err error) {
 	sessionID := evt.Content.AsEncrypted().SessionID
-	claims, err := h.store.claims(ctx, sessionID)
+	grounds, awaits, err := h.groundsNow(ctx, sessionID)
 	if err != nil {
 		return nil, v, 0, err
 	}
-	claims = livingClaims(claims)
-	awaits, err := h.awaitsKeys(ctx, claims)
-	if err != nil {
-		return nil, v, 0, err
-	}
-	if left := h.identityWait(e, claims); awaits && left > 0 {
+	if left := h.identityWait(e, grounds); awaits && left > 0 {
 		return nil, v, left, nil
 	}
-	if v, _, err = h.weigh(ctx, evt.Sender, sessionID, claims); err != nil {
+	if v, err = h.weigh(ctx, evt.Sender, sessionID, grounds); err != nil {
 		return nil, v, 0, err
 	}
 	v.EventID, v.Outdated = e.eventID, awaits
@@ -84,21 +79,21 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	}
 	decrypted, err := h.decrypt(ctx, evt)
 	if err != nil {
-		if len(claims) == 0 {
+		if len(grounds) == 0 {
 			// There is no session, so there is nothing about its sender either.
 			v.State, v.Legacy = "", false
 		}
 		wait, err = h.judgeUndecrypted(ctx, e, evt.Sender, &v, err)
 		return evt, v, wait, err
 	}
-	if len(claims) == 0 {
+	if len(grounds) == 0 {
 		// The key has come since the claims were looked up, and may be staged only: what is known of its sender comes with it.
 		if err = h.uow.flush(ctx); err != nil {
 			return nil, v, 0, err
 		}
-		if claims, err = h.store.claims(ctx, sessionID); err != nil {
+		if grounds, err = h.store.grounds(ctx, sessionID); err != nil {
 			return nil, v, 0, err
-		} else if len(claims) > 0 {
+		} else if len(grounds) > 0 {
 			return h.judgeEncrypted(ctx, e, evt)
 		}
 	}
@@ -110,16 +105,14 @@ func (h *Hook) judgeEncrypted(ctx context.Context, e *inboxEvent, evt *event.Eve
 	return decrypted, v, 0, relateAsSent(decrypted, evt)
 }
 
-// weigh gives the verdict on a message of sender by the living claims on its session and by what is known now, with the identity that it
-// rests on.
-func (h *Hook) weigh(ctx context.Context, sender id.UserID, sessionID id.SessionID, claims []*SenderData) (v Verdict, identity *Identity, err error) {
-	if len(claims) > 0 {
-		if identity, err = h.store.identity(ctx, claims[0].Sender); err != nil {
-			return v, nil, err
-		}
+// weigh gives the verdict on a message of sender by the living claims on its session, and by what is known of their senders.
+func (h *Hook) weigh(ctx context.Context, sender id.UserID, sessionID id.SessionID, grounds []ground) (Verdict, error) {
+	var identity *Identity
+	if len(grounds) > 0 {
+		identity = grounds[0].identity
 	}
-	v = h.anchor().verdict(sender, sessionID, claims, identity)
-	return v, identity, h.nameSource(ctx, &v)
+	v := h.anchor().verdict(sender, sessionID, claimsOf(grounds), identity)
+	return v, h.nameSource(ctx, &v)
 }
 
 // judgeUndecrypted puts into the verdict why the event cannot be decrypted, or says how long its key may take.
@@ -188,9 +181,9 @@ func (h *Hook) decrypt(ctx context.Context, evt *event.Event) (decrypted *event.
 
 // identityWait is how much longer what the sender publishes may take: it counts from when the event and its key were both there.
 // Whoever claims the session again and again does not hold its messages up.
-func (h *Hook) identityWait(e *inboxEvent, claims []*SenderData) time.Duration {
+func (h *Hook) identityWait(e *inboxEvent, grounds []ground) time.Duration {
 	now, complete := h.clock(), e.receivedAt
-	for _, claim := range claims {
+	for _, claim := range grounds {
 		if claim.ReceivedAt.After(complete) {
 			complete = claim.ReceivedAt
 		}
@@ -201,21 +194,20 @@ func (h *Hook) identityWait(e *inboxEvent, claims []*SenderData) time.Duration {
 // awaitsKeys says that the sender's keys are being asked for, are to be, or were and nobody answered, so that the verdict may change
 // at once. That a list is out of date is looked up and not only remembered: the inbox may see a message as soon as it is durable, and
 // then what is durable with it counts.
-func (h *Hook) awaitsKeys(ctx context.Context, claims []*SenderData) (bool, error) {
-	for _, claim := range claims {
+func (h *Hook) awaitsKeys(grounds []ground) bool {
+	for _, claim := range grounds {
 		if claim.awaitsFirstLook() || h.resolver.pending(claim.Sender) {
-			return true, nil
+			return true
 		}
 		if claim.Sender == "" {
 			continue
 		}
-		tracked, outdated, err := h.store.deviceList(ctx, claim.Sender)
 		// What is proven stands without a list; what is not may be for want of one.
-		if err != nil || outdated || !tracked && !claim.State.proven() {
-			return true, err
+		if claim.outdated || !claim.tracked && !claim.State.proven() {
+			return true
 		}
 	}
-	return false, nil
+	return false
 }
 
 // finalWithheld are the codes by which a sender says that the key will not come.

@@ -15,6 +15,8 @@ import (
 type publishedUser struct {
 	userID  id.UserID
 	devices []*publishedDevice
+	// complete: all devices were asked for.
+	complete bool
 	// identity is what trustAnchor.readIdentity reads with that user-signing key of ours.
 	identity       *publishedIdentity
 	identityFault  error
@@ -23,6 +25,7 @@ type publishedUser struct {
 
 // publishedDevice is a device in a /keys/query answer. Where it has a fault, nothing else of it counts.
 type publishedDevice struct {
+	userID      id.UserID
 	deviceID    id.DeviceID
 	raw         json.RawMessage
 	fault       error
@@ -34,26 +37,28 @@ type publishedDevice struct {
 
 // checkPublished checks what is published of those who were asked about. The error is one of the database's.
 func (h *Hook) checkPublished(ctx context.Context, asked *mautrix.ReqQueryKeys, answer *keyQuery) ([]*publishedUser, error) {
-	var users []*publishedUser
+	var answered []id.UserID
+	for userID := range asked.DeviceKeys {
+		if _, ok := answer.DeviceKeys[userID]; ok {
+			answered = append(answered, userID)
+		}
+	}
+	// Nobody takes a signature away: what was noted is there when the answer is stored.
+	noted, err := h.store.signatures(ctx, answered)
+	if err != nil {
+		return nil, err
+	}
+	users := make([]*publishedUser, len(answered))
 	var checks []func()
 	anchor := h.anchor()
-	for userID := range asked.DeviceKeys {
-		devices, answered := answer.DeviceKeys[userID]
-		if !answered {
-			continue
-		}
-		// Nobody takes a signature away: what was noted is there when the answer is stored.
-		noted, err := h.store.signatures(ctx, userID)
-		if err != nil {
-			return nil, err
-		}
-		user := &publishedUser{userID: userID}
-		users = append(users, user)
+	for i, userID := range answered {
+		user := &publishedUser{userID: userID, complete: len(asked.DeviceKeys[userID]) == 0}
+		users[i] = user
 		checks = append(checks, func() { user.checkIdentity(anchor, answer) })
-		for deviceID, raw := range devices {
-			device := &publishedDevice{deviceID: deviceID, raw: raw}
+		for deviceID, raw := range answer.DeviceKeys[userID] {
+			device := &publishedDevice{userID: userID, deviceID: deviceID, raw: raw}
 			user.devices = append(user.devices, device)
-			checks = append(checks, func() { device.check(userID, noted) })
+			checks = append(checks, func() { device.check(noted) })
 		}
 	}
 	sideBySide(len(checks), func(i int) { checks[i]() })
@@ -65,14 +70,14 @@ func (user *publishedUser) checkIdentity(anchor trustAnchor, answer *keyQuery) {
 	user.identity, user.identityFault = anchor.readIdentity(user.userID, answer.MasterKeys[user.userID], answer.SelfSigningKeys[user.userID])
 }
 
-func (device *publishedDevice) check(userID id.UserID, noted map[signature]bool) {
-	keys, err := parseDeviceKeys(device.raw, userID, device.deviceID)
+func (device *publishedDevice) check(noted map[signature]bool) {
+	keys, err := parseDeviceKeys(device.raw, device.userID, device.deviceID)
 	if err != nil {
 		device.fault = err
 		return
 	}
 	device.identityKey, device.signingKey = keys.Keys.GetCurve25519(device.deviceID), keys.Keys.GetEd25519(device.deviceID)
 	device.signers = validSigners(device.raw, keys, func(signer id.Ed25519) bool {
-		return !noted[signature{userID, device.identityKey, device.signingKey, signer}]
+		return !noted[signature{device.userID, device.identityKey, device.signingKey, signer}]
 	})
 }

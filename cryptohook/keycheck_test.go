@@ -27,7 +27,7 @@ func TestPublishedIdentityIsJudgedByOurKeysOfTheMomentItIsStored(t *testing.T) {
 	if user.identity.verifiedBy != "" {
 		t.Fatalf("by the former key verified by %s", user.identity.verifiedBy)
 	}
-	if err := w.hook.learn(t.Context(), func(ctx context.Context) error { return w.hook.storePublished(ctx, user, answer, false) }); err != nil {
+	if err := w.hook.learn(t.Context(), func(ctx context.Context) error { return w.hook.storePublished(ctx, []*publishedUser{user}, answer) }); err != nil {
 		t.Fatal(err)
 	}
 	if stored := must(w.hook.store.identity(t.Context(), alice.owner.userID)); stored.VerifiedBy != w.bot.userSigning.PublicKey() {
@@ -41,13 +41,13 @@ func TestDevicesWithAFaultAreLeftOut(t *testing.T) {
 	userID := alice.owner.userID
 	broken, other := alice.owner.addDevice("BROKEN").keys(), alice.owner.addDevice("OTHER").keys()
 	putSignature(broken, userID, "BROKEN", strings.Repeat("A", 86))
-	asked := &mautrix.ReqQueryKeys{DeviceKeys: mautrix.DeviceKeysRequest{userID: {}, "@nobody:test": {}}}
+	asked := &mautrix.ReqQueryKeys{DeviceKeys: mautrix.DeviceKeysRequest{userID: {"BROKEN", "OTHER", "NONE"}, "@nobody:test": {}}}
 	answer := &keyQuery{DeviceKeys: map[id.UserID]map[id.DeviceID]json.RawMessage{userID: {"BROKEN": rawJSON(broken), "OTHER": rawJSON(other), "NONE": []byte("null")}}}
 	users := must(w.hook.checkPublished(t.Context(), asked, answer))
 	if len(users) != 1 || len(users[0].devices) != 3 {
 		t.Fatalf("checked were %+v", users)
 	}
-	if err := w.hook.learn(t.Context(), func(ctx context.Context) error { return w.hook.storePublished(ctx, users[0], answer, false) }); err != nil {
+	if err := w.hook.learn(t.Context(), func(ctx context.Context) error { return w.hook.storePublished(ctx, users, answer) }); err != nil {
 		t.Fatal(err)
 	}
 	var stored []id.DeviceID

@@ -160,19 +160,14 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (f
 	if err != nil {
 		return nil, fmt.Errorf("failed to check the keys that users publish: %w", err)
 	}
-	answered := make([]id.UserID, 0, len(answer.DeviceKeys))
+	var answered []id.UserID
 	err = h.learn(context.WithoutCancel(ctx), func(ctx context.Context) error {
-		answered = answered[:0]
-		for _, user := range users {
-			if !h.questions.answers(user.userID, number) {
-				continue
-			}
-			if err := h.storePublished(ctx, user, &answer, len(asked.DeviceKeys[user.userID]) == 0); err != nil {
-				return err
-			}
-			answered = append(answered, user.userID)
+		current := slices.DeleteFunc(slices.Clone(users), func(user *publishedUser) bool { return !h.questions.answers(user.userID, number) })
+		answered = make([]id.UserID, len(current))
+		for i, user := range current {
+			answered[i] = user.userID
 		}
-		return nil
+		return h.storePublished(ctx, current, &answer)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("failed to store the keys that users publish: %w", err)
@@ -184,49 +179,81 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (f
 	return body, nil
 }
 
-// storePublished stores one user's devices and identity, and judges the user's proven sessions by them. complete says that all
-// devices were asked for.
-func (h *Hook) storePublished(ctx context.Context, user *publishedUser, answer *keyQuery, complete bool) error {
-	log := h.log.With().Stringer("user_id", user.userID).Logger()
-	ctx = log.WithContext(ctx)
-	if err := h.storeDevices(ctx, user, complete); err != nil {
+// storePublished stores users' devices and identities, and judges the users' proven sessions by them. It takes a few statements for all of
+// them, not some for each. Users whom the database takes for the same come one after the other.
+func (h *Hook) storePublished(ctx context.Context, users []*publishedUser, answer *keyQuery) error {
+	for some := range apart(users, perStatement, func(user *publishedUser) id.UserID { return stored(h.store.Database, user.userID) }) {
+		if err := h.storeUsers(ctx, some, answer); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (h *Hook) storeUsers(ctx context.Context, users []*publishedUser, answer *keyQuery) error {
+	userIDs := make([]id.UserID, len(users))
+	for i, user := range users {
+		userIDs[i] = user.userID
+	}
+	if err := h.storeDevices(ctx, users, userIDs); err != nil {
 		return err
 	}
 	anchor := h.anchor()
-	if anchor.userSigningKey != user.userSigningKey {
-		user.checkIdentity(anchor, answer)
-	}
-	if user.identityFault != nil {
-		log.Warn().Err(user.identityFault).Msg("The server publishes a cross-signing key that is not valid")
-	}
-	identity, err := h.store.identity(ctx, user.userID)
-	if err != nil || identity == nil && user.identity == nil {
+	identities, err := h.storeIdentities(ctx, users, userIDs, answer, anchor)
+	if err != nil || len(identities) == 0 {
 		return err
 	}
-	if user.identity != nil {
-		if identity, err = h.mergePublished(ctx, user.userID, identity, user.identity); err != nil {
-			return err
-		}
-		if err = h.keepObjects(ctx, user.userID, answer, user.identity); err != nil {
-			return err
-		}
-	}
-	return h.store.rejudge(ctx, identity, anchor, h.clock())
+	return h.store.rejudgeAll(ctx, identities, anchor, h.clock())
 }
 
-// mergePublished stores what a user publishes as the identity; known is what was known before, or nil.
-func (h *Hook) mergePublished(ctx context.Context, userID id.UserID, known *Identity, published *publishedIdentity) (*Identity, error) {
-	log := zerolog.Ctx(ctx)
-	identity := &Identity{UserID: userID}
+// storeIdentities stores what users publish as their identities, with the objects, and gives the identities that they have now.
+func (h *Hook) storeIdentities(ctx context.Context, users []*publishedUser, userIDs []id.UserID, answer *keyQuery, anchor trustAnchor) ([]*Identity, error) {
+	known, err := h.store.identities(ctx, userIDs)
+	if err != nil {
+		return nil, err
+	}
+	withdrawn, err := h.store.withdrawals(ctx, userIDs)
+	if err != nil {
+		return nil, err
+	}
+	var now, changed []*Identity
+	var keys []identityKey
+	for _, user := range users {
+		if anchor.userSigningKey != user.userSigningKey {
+			user.checkIdentity(anchor, answer)
+		}
+		if user.identityFault != nil {
+			h.log.Warn().Stringer("user_id", user.userID).Err(user.identityFault).Msg("The server publishes a cross-signing key that is not valid")
+		}
+		storedID := stored(h.store.Database, user.userID)
+		former := known[storedID]
+		if user.identity == nil {
+			if former != nil {
+				now = append(now, former)
+			}
+			continue
+		}
+		identity := h.mergePublished(user, former, withdrawn[withdrawal{storedID, user.identity.masterKey}])
+		if former == nil || *former != *identity {
+			changed = append(changed, identity)
+		}
+		now, keys = append(now, identity), append(keys, h.publishedObjects(user, answer))
+	}
+	if err = h.store.putIdentities(ctx, changed, h.clock()); err != nil {
+		return nil, err
+	}
+	return now, h.store.putIdentityKeys(ctx, keys)
+}
+
+// mergePublished gives the identity that a user has after what was published; known is what was known before, or nil.
+func (h *Hook) mergePublished(user *publishedUser, known *Identity, withdrawn bool) *Identity {
+	log := h.log.With().Stringer("user_id", user.userID).Logger()
+	identity := &Identity{UserID: user.userID}
 	if known != nil {
 		*identity = *known
 	}
-	withdrawn, err := h.store.isWithdrawn(ctx, userID, published.masterKey)
-	if err != nil {
-		return nil, fmt.Errorf("failed to look up whether a verification was withdrawn: %w", err)
-	}
-	identity.merge(published, withdrawn)
-	identity.PinnedKey = h.options.VerifiedUsers[userID]
+	identity.merge(user.identity, withdrawn)
+	identity.PinnedKey = h.options.VerifiedUsers[user.userID]
 	if known != nil && known.MasterKey != identity.MasterKey {
 		log.Warn().Stringer("old_master_key", known.MasterKey).Stringer("new_master_key", identity.MasterKey).
 			Msg("The identity of this user has changed")
@@ -235,64 +262,68 @@ func (h *Hook) mergePublished(ctx context.Context, userID id.UserID, known *Iden
 		log.Error().Stringer("pinned_master_key", identity.PinnedKey).Stringer("published_master_key", identity.MasterKey).
 			Msg("The master key that this user publishes is NOT the one that the configuration pins: treating this user as a verification violation")
 	}
-	if known != nil && *known == *identity {
-		return identity, nil
-	}
-	return identity, h.store.putIdentity(ctx, identity, h.clock())
+	return identity
 }
 
-// keepObjects keeps the cross-signing keys that a user publishes as they were signed. Those that are not valid are left out.
-func (h *Hook) keepObjects(ctx context.Context, userID id.UserID, answer *keyQuery, published *publishedIdentity) error {
+// publishedObjects gives the cross-signing keys that a user publishes as they were signed. Those that are not valid are left out.
+func (h *Hook) publishedObjects(user *publishedUser, answer *keyQuery) identityKey {
 	key := identityKey{
-		masterKey: published.masterKey, masterObject: answer.MasterKeys[userID], selfSigningKey: published.selfSigningKey, seenAt: h.clock(),
+		userID: user.userID, masterKey: user.identity.masterKey, masterObject: answer.MasterKeys[user.userID],
+		selfSigningKey: user.identity.selfSigningKey, seenAt: h.clock(),
 	}
 	if key.selfSigningKey != "" {
-		key.selfSigningObject = answer.SelfSigningKeys[userID]
+		key.selfSigningObject = answer.SelfSigningKeys[user.userID]
 	}
-	return h.store.putIdentityKey(ctx, userID, key)
+	return key
 }
 
-// storeDevices stores the devices that a user publishes, and notes who has signed them: also keys that nobody knows yet, since they may
+// storeDevices stores the devices that users publish, and notes who has signed them: also keys that nobody knows yet, since they may
 // turn out to be the user's when the device is gone.
-func (h *Hook) storeDevices(ctx context.Context, user *publishedUser, complete bool) error {
-	var valid []*publishedDevice
-	var kept []id.DeviceID
-	for _, device := range user.devices {
-		log := zerolog.Ctx(ctx).With().Stringer("device_id", device.deviceID).Logger()
-		if device.fault != nil {
-			log.Warn().Err(device.fault).Msg("The server publishes device keys that are not valid")
-			continue
-		}
-		known, err := h.store.signingKey(ctx, user.userID, device.deviceID)
-		if err != nil {
-			return err
-		}
-		if known != "" && known != device.signingKey {
-			log.Error().Err(errSigningKeyChanged).Msg("Ignoring a device's new keys")
-			kept = append(kept, device.deviceID)
-			continue
-		}
-		valid = append(valid, device)
+func (h *Hook) storeDevices(ctx context.Context, users []*publishedUser, userIDs []id.UserID) error {
+	known, err := h.store.signingKeys(ctx, userIDs)
+	if err != nil {
+		return err
 	}
-	if complete {
-		if err := h.store.markDevicesDeleted(ctx, user.userID); err != nil {
-			return err
+	var complete []id.UserID
+	var valid, kept []*publishedDevice
+	for _, user := range users {
+		if user.complete {
+			complete = append(complete, user.userID)
 		}
-	}
-	for _, deviceID := range kept {
-		if err := h.store.keepDevice(ctx, user.userID, deviceID); err != nil {
-			return err
-		}
-	}
-	for _, device := range valid {
-		if err := h.store.putDevice(ctx, user.userID, device.deviceID, device.identityKey, device.signingKey, device.raw); err != nil {
-			return err
-		}
-		for _, signer := range device.signers {
-			if _, err := h.store.putSignature(ctx, signature{user.userID, device.identityKey, device.signingKey, signer}, device.raw); err != nil {
-				return err
+		for _, device := range user.devices {
+			log := h.log.With().Stringer("user_id", device.userID).Stringer("device_id", device.deviceID).Logger()
+			former := known[h.store.storedDevice(device.userID, device.deviceID)]
+			switch {
+			case device.fault != nil:
+				log.Warn().Err(device.fault).Msg("The server publishes device keys that are not valid")
+			case former != "" && former != device.signingKey:
+				log.Error().Err(errSigningKeyChanged).Msg("Ignoring a device's new keys")
+				kept = append(kept, device)
+			default:
+				valid = append(valid, device)
 			}
 		}
 	}
-	return nil
+	if err = h.store.markDevicesDeleted(ctx, complete); err != nil {
+		return err
+	}
+	for _, device := range kept {
+		if err = h.store.keepDevice(ctx, device.userID, device.deviceID); err != nil {
+			return err
+		}
+	}
+	if err = h.store.putDevices(ctx, valid); err != nil {
+		return err
+	}
+	return h.store.putSignatures(ctx, signaturesOn(valid))
+}
+
+// signaturesOn gives the signatures on devices that are to be noted.
+func signaturesOn(devices []*publishedDevice) (rows []signatureRow) {
+	for _, device := range devices {
+		for _, signer := range device.signers {
+			rows = append(rows, signatureRow{signature{device.userID, device.identityKey, device.signingKey, signer}, device.raw})
+		}
+	}
+	return rows
 }

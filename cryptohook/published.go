@@ -33,7 +33,9 @@ const (
 		WHERE COALESCE(excluded.master_object<>sendertrust_identity_key.master_object, excluded.master_object IS NOT NULL)
 		   OR excluded.self_signing_key NOT IN ('', sendertrust_identity_key.self_signing_key)
 		   OR COALESCE(excluded.self_signing_object<>sendertrust_identity_key.self_signing_object, excluded.self_signing_object IS NOT NULL)
+		RETURNING user_id
 	`
+	countIdentityKeysQuery = `SELECT user_id, COUNT(*) FROM sendertrust_identity_key WHERE user_id IN ($1) GROUP BY user_id`
 	// The first one that we saw and today's are kept whatever comes after them.
 	trimIdentityKeysQuery = `
 		DELETE FROM sendertrust_identity_key WHERE user_id=$1
@@ -54,6 +56,7 @@ const (
 
 // identityKey is a master key that a user was seen to publish, with the objects as they were signed, where they are kept.
 type identityKey struct {
+	userID                          id.UserID
 	masterKey, selfSigningKey       id.Ed25519
 	masterObject, selfSigningObject json.RawMessage
 	// seenAt is when it was first seen; zero: before that was recorded.
@@ -68,19 +71,52 @@ func asKept(object json.RawMessage) *string {
 	return dbutil.StrPtr(string(object))
 }
 
-// putIdentityKey keeps the objects of an identity that a user publishes now, and forgets the oldest ones that are too many. The identity
-// itself has to be stored.
-func (s *store) putIdentityKey(ctx context.Context, userID id.UserID, key identityKey) error {
-	result, err := s.Exec(ctx, upsertIdentityKeyQuery,
-		userID, key.masterKey, key.seenAt.UnixMilli(), asKept(key.masterObject), key.selfSigningKey, asKept(key.selfSigningObject))
-	if err != nil {
-		return fmt.Errorf("failed to store the cross-signing keys of %s: %w", userID, err)
+var upsertIdentityKeys = dbutil.NewMassInsertBuilder[identityKey, [0]any](upsertIdentityKeyQuery, "($%d, $%d, $%d, $%d, $%d, $%d)")
+
+// GetMassInsertValues implements [dbutil.MassInsertable].
+func (k identityKey) GetMassInsertValues() [6]any {
+	return [6]any{k.userID, k.masterKey, k.seenAt.UnixMilli(), asKept(k.masterObject), k.selfSigningKey, asKept(k.selfSigningObject)}
+}
+
+// putIdentityKeys keeps the objects of identities that users publish now, one of each, and forgets the oldest ones that are too many. The
+// identities themselves have to be stored.
+func (s *store) putIdentityKeys(ctx context.Context, keys []identityKey) error {
+	for some := range perInsert(keys, func(key identityKey) id.UserID { return stored(s.Database, key.userID) }) {
+		query, params := upsertIdentityKeys.Build([0]any{}, some)
+		rows, err := s.Query(ctx, query, params...)
+		changed, err := dbutil.NewRowIterWithError(rows, dbutil.ScanSingleColumn[id.UserID], err).AsList()
+		if err != nil {
+			return fmt.Errorf("failed to store the cross-signing keys of %d users: %w", len(some), err)
+		}
+		if err = s.trimIdentityKeys(ctx, changed); err != nil {
+			return fmt.Errorf("failed to forget old cross-signing keys: %w", err)
+		}
 	}
-	if changed, err := result.RowsAffected(); err != nil || changed == 0 {
+	return nil
+}
+
+// trimIdentityKeys forgets the oldest identities of these users that are too many.
+func (s *store) trimIdentityKeys(ctx context.Context, users []id.UserID) error {
+	if len(users) == 0 {
+		return nil
+	}
+	type keyCount struct {
+		userID id.UserID
+		keys   int
+	}
+	counts, err := queryAll(ctx, s, countIdentityKeysQuery, users, func(row dbutil.Scannable) (count keyCount, err error) {
+		return count, row.Scan(&count.userID, &count.keys)
+	})
+	if err != nil {
 		return err
 	}
-	if _, err = s.Exec(ctx, trimIdentityKeysQuery, userID, MaxIdentityChanges); err != nil {
-		return fmt.Errorf("failed to forget old cross-signing keys of %s: %w", userID, err)
+	for _, count := range counts {
+		if count.keys <= MaxIdentityChanges {
+			continue
+		}
+		if _, err = s.Exec(ctx, trimIdentityKeysQuery, count.userID, MaxIdentityChanges); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -33,6 +33,9 @@ type receiving struct {
 	// were in vain.
 	oneByOne      bool
 	pause, inVain int
+	// absent are sessions of which nothing is stored: as many were stored at once as absentAt says when that was looked up.
+	absent   map[id.SessionID]struct{}
+	absentAt uint64
 	// rooms are the encryption settings that were asked for; nil for a room that has none.
 	rooms map[id.RoomID]*event.EncryptionEventContent
 }
@@ -132,6 +135,48 @@ func (r *receiving) receivedAt(hash [sha256.Size]byte) (at time.Time, looked boo
 	}
 	at, looked = r.hashes[hash]
 	return at, looked
+}
+
+const getStoredSessionsQuery = `
+	SELECT session_id FROM crypto_megolm_inbound_session
+	WHERE account_id IN (SELECT account_id FROM crypto_account) AND session_id IN ($1)
+`
+
+// lookUpSessions asks of which of the sessions in the room keys nothing is stored, in one statement.
+func (r *receiving) lookUpSessions(ctx context.Context, keys []*olmMessage) (err error) {
+	begun, settled := r.hook.uow.direct.now()
+	r.absent, r.absentAt = nil, begun
+	if !settled {
+		return nil
+	}
+	var sessions []id.SessionID
+	for _, m := range keys {
+		if megolm := m.arrivedKey.session; megolm != nil {
+			sessions = append(sessions, megolm.ID())
+		}
+	}
+	r.absent, err = r.hook.store.without(ctx, getStoredSessionsQuery, sessions)
+	return err
+}
+
+// isAbsent says that it is known that nothing is stored of the session, nor staged. Under mautrix's Megolm lock, which everybody holds who looks
+// whether a session is there and then stores it, that stays so until the caller stores it.
+func (r *receiving) isAbsent(sessionID id.SessionID) bool {
+	if r == nil {
+		return false
+	}
+	if begun, _ := r.hook.uow.direct.now(); begun != r.absentAt {
+		return false
+	}
+	_, absent := r.absent[sessionID]
+	return absent
+}
+
+// stored notes that the session is staged now.
+func (r *receiving) stored(sessionID id.SessionID) {
+	if r != nil {
+		delete(r.absent, sessionID)
+	}
 }
 
 // received notes that an Olm message was received: the same one may be in the same /sync again.

@@ -294,3 +294,88 @@ func TestStatementsAreKeptPrepared(t *testing.T) {
 		}
 	}
 }
+
+// absentWorld is a hook, and what it has looked up of a session of which nothing is stored.
+func absentWorld(t *testing.T) (w *trustWorld, s *megolm, key, later *olmMessage, r *receiving) {
+	t.Helper()
+	w = newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	s = newMegolm(trustRoom)
+	message := func(content object) *olmMessage {
+		olmEvent := arriving(t, alice, s)
+		olmEvent.Content.VeryRaw = rawJSON(content)
+		m := &olmMessage{arrivedKey: arrivedKey{olmEvent: olmEvent}}
+		if m.read(); m.fault != nil {
+			t.Fatal(m.fault)
+		}
+		return m
+	}
+	key, later = message(s.roomKey()), message(s.later())
+	r = newReceiving(w.hook)
+	return w, s, key, later, r
+}
+
+func (r *receiving) mustLookUp(t *testing.T, keys ...*olmMessage) {
+	t.Helper()
+	if err := r.lookUpSessions(t.Context(), keys); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSessionIsAbsentUntilItIsStored(t *testing.T) {
+	store := map[string]func(w *trustWorld, r *receiving, session *crypto.InboundGroupSession) error{
+		"by the receiver": func(w *trustWorld, r *receiving, session *crypto.InboundGroupSession) error {
+			return w.hook.uow.PutGroupSession(r.context(w.ctx), session)
+		},
+		"and is durable": func(w *trustWorld, r *receiving, session *crypto.InboundGroupSession) error {
+			return errors.Join(w.hook.uow.PutGroupSession(r.context(w.ctx), session), w.hook.uow.flush(w.ctx))
+		},
+		"by an import": func(w *trustWorld, _ *receiving, session *crypto.InboundGroupSession) error {
+			session.KeySource = id.KeySourceImport
+			return w.hook.uow.PutGroupSession(w.ctx, session)
+		},
+	}
+	for name, put := range store {
+		t.Run(name, func(t *testing.T) {
+			w, s, key, later, r := absentWorld(t)
+			r.mustLookUp(t, key)
+			ctx := r.context(w.ctx)
+			if stored := must(w.hook.uow.GetGroupSession(ctx, trustRoom, s.id())); stored != nil || !r.isAbsent(s.id()) {
+				t.Error("a session is there that nobody has stored")
+			}
+			if err := put(w, r, key.arrivedKey.session); err != nil {
+				t.Fatal(err)
+			}
+			stored := must(w.hook.uow.GetGroupSession(ctx, trustRoom, s.id()))
+			if stored == nil || r.isAbsent(s.id()) {
+				t.Fatal("the session is not seen")
+			}
+			// Of a worse key nothing is taken.
+			if err := w.hook.storeDirect(ctx, later.arrivedKey.session, must(w.hook.holderOf(ctx, s.id()))); err != nil {
+				t.Fatal(err)
+			}
+			stored = must(w.hook.uow.GetGroupSession(ctx, trustRoom, s.id()))
+			if first := stored.Internal.FirstKnownIndex(); first != 0 {
+				t.Errorf("the key that is stored begins at %d", first)
+			}
+			r.mustLookUp(t, key)
+			if name != "by the receiver" && r.isAbsent(s.id()) {
+				t.Error("a session that is stored is taken for absent")
+			}
+		})
+	}
+}
+
+func TestNothingIsTakenForAbsentWhileOthersStore(t *testing.T) {
+	w, s, key, _, r := absentWorld(t)
+	w.hook.uow.direct.begun.Add(1)
+	r.mustLookUp(t, key)
+	if r.isAbsent(s.id()) {
+		t.Error("somebody who was about to store something is not thought of")
+	}
+	w.hook.uow.direct.ended.Add(1)
+	r.mustLookUp(t, key)
+	if !r.isAbsent(s.id()) {
+		t.Error("it is not known that the session is absent")
+	}
+}

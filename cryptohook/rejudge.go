@@ -3,6 +3,7 @@ package cryptohook
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -174,6 +175,11 @@ const (
 		WHERE sender_id IN (SELECT id FROM sendertrust_sender WHERE user_id=$1) AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
 		  AND master_key=$2 AND NOT ` + signedToday + `
 	`
+	getProvenQuery = `
+		SELECT DISTINCT user_id FROM sendertrust_sender WHERE user_id IN ($1) AND EXISTS (
+			SELECT 1 FROM sendertrust_claim WHERE sender_id=id AND state IN ('verification_violation', 'sender_unverified', 'sender_verified')
+		)
+	`
 	signedToday = `EXISTS (
 		SELECT 1 FROM sendertrust_signature signed
 		WHERE signed.sender_id=sendertrust_claim.sender_id AND signed.self_signing_key=$3
@@ -197,6 +203,27 @@ func (s *store) rejudge(ctx context.Context, identity *Identity, anchor trustAnc
 		params := append([]any{identity.UserID, identity.MasterKey, identity.SelfSigningKey}, pass.params...)
 		if _, err := s.Exec(ctx, pass.query, params...); err != nil {
 			return fmt.Errorf("failed to judge the sessions of %s anew: %w", identity.UserID, err)
+		}
+	}
+	return nil
+}
+
+// rejudgeAll is rejudge for many users, perStatement at most. Most have no proven sessions.
+func (s *store) rejudgeAll(ctx context.Context, identities []*Identity, anchor trustAnchor, now time.Time) error {
+	users := make([]id.UserID, len(identities))
+	for i, identity := range identities {
+		users[i] = identity.UserID
+	}
+	proven, err := queryAll(ctx, s, getProvenQuery, users, dbutil.ScanSingleColumn[id.UserID])
+	if err != nil {
+		return fmt.Errorf("failed to read whose sessions are proven: %w", err)
+	}
+	for _, identity := range identities {
+		if !slices.Contains(proven, stored(s.Database, identity.UserID)) {
+			continue
+		}
+		if err = s.rejudge(ctx, identity, anchor, now); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/tidwall/gjson"
@@ -229,11 +228,8 @@ func (s *store) readStandings(ctx context.Context, anchor trustAnchor, users []i
 
 // queryAll runs a statement whose only parameter stands for many values, perStatement at most.
 func queryAll[V, T any](ctx context.Context, s *store, query string, values []V, scan dbutil.ConvertRowFn[T]) ([]T, error) {
-	placeholders, params := make([]string, len(values)), make([]any, len(values))
-	for i, value := range values {
-		placeholders[i], params[i] = fmt.Sprintf("$%d", i+1), value
-	}
-	rows, err := s.Query(ctx, strings.Replace(query, "$1", strings.Join(placeholders, ", "), 1), params...)
+	query, params := withMany(query, values)
+	rows, err := s.Query(ctx, query, params...)
 	list, err := dbutil.NewRowIterWithError(rows, scan, err).AsList()
 	if err != nil {
 		return nil, fmt.Errorf("failed to look %d up at once: %w", len(values), err)

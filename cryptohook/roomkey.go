@@ -304,6 +304,9 @@ func (h *Hook) holderOf(ctx context.Context, sessionID id.SessionID) (*holder, e
 	if staged := h.uow.stagedGroup(sessionID); staged != nil {
 		return &holder{staged.RoomID, staged.SenderKey, staged.SigningKey}, nil
 	}
+	if receivingOf(ctx).isAbsent(sessionID) {
+		return nil, nil
+	}
 	return h.store.holder(ctx, h.uow.AccountID, sessionID)
 }
 

@@ -241,7 +241,9 @@ func (w *scaleWorld) fill() (claims []*SenderData, learn func()) {
 					return err
 				}
 				for i, device := range p.devices {
-					if err := w.store.putDevice(ctx, p.userID, device.deviceID, device.senderKey(), device.signingKey(), p.published[i]); err != nil {
+					if err := w.store.putDevices(ctx, []*publishedDevice{{
+						userID: p.userID, deviceID: device.deviceID, identityKey: device.senderKey(), signingKey: device.signingKey(), raw: p.published[i],
+					}}); err != nil {
 						return err
 					}
 					if _, err := w.store.putSignature(ctx, signature{p.userID, device.senderKey(), device.signingKey(), p.selfSigningKey()}, p.published[i]); err != nil {

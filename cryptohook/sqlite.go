@@ -59,7 +59,7 @@ const cachedStatements = 256
 //
 // SQLite prepares a statement anew all the same when its plan might depend on a parameter's value, and the driver has cleared what was bound
 // before: wherever there is a choice of plans (by a join or an order) and a column is compared with a bare parameter, or a parameter is the
-// limit. In what is asked for each message and each key, CAST has it not look at the value.
+// limit. In what is asked for each message and each key, CAST has it not look at the value: see unguessed.
 func withStatementCache(uri string) string {
 	const parameter = "_stmt_cache_size"
 	if strings.Contains(uri, parameter) {
@@ -71,6 +71,9 @@ func withStatementCache(uri string) string {
 	}
 	return fmt.Sprint(uri, separator, parameter, "=", cachedStatements)
 }
+
+// unguessed is the parameter $1, a text, of whose value SQLite makes no plan.
+const unguessed = `CAST($1 AS TEXT)`
 
 // sqlitePool makes the connections of one database. It is its own driver, by which it is found.
 type sqlitePool struct {

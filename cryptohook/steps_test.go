@@ -129,11 +129,13 @@ func (w *stepWorld) cache(word string, deviceID id.DeviceID) json.RawMessage {
 		signingKey = w.other.signingKey()
 	}
 	ctx := w.t.Context()
-	if err := w.store.putDevice(ctx, w.alice.userID, deviceID, w.device.senderKey(), signingKey, raw); err != nil {
+	if err := w.store.putDevices(ctx, []*publishedDevice{{
+		userID: w.alice.userID, deviceID: deviceID, identityKey: w.device.senderKey(), signingKey: signingKey, raw: raw,
+	}}); err != nil {
 		w.t.Fatal(err)
 	}
 	if deleted {
-		if err := w.store.markDevicesDeleted(ctx, w.alice.userID); err != nil {
+		if err := w.store.markDevicesDeleted(ctx, []id.UserID{w.alice.userID}); err != nil {
 			w.t.Fatal(err)
 		}
 	}

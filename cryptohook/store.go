@@ -67,11 +67,10 @@ const (
 		       master_key, device_keys, embedded, retry_count, next_retry_time_ms, received_at_ms, updated_at_ms
 		FROM sendertrust_session
 	`
-	// CAST: see withStatementCache.
-	getClaimsQuery     = selectSession + `WHERE session_id=CAST($1 AS TEXT) ORDER BY received_at_ms, sender_key`
+	getClaimsQuery     = selectSession + `WHERE session_id=` + unguessed + ` ORDER BY received_at_ms, sender_key`
 	getDueSendersQuery = `SELECT DISTINCT sender FROM sendertrust_session WHERE next_retry_time_ms <= $1`
 	// Only what came directly can be proven by what its sender publishes: anybody may have put any sender key into an export.
-	getUnprovenOfQuery = selectSession + `WHERE sender=CAST($1 AS TEXT) AND state IN ('unknown_device', 'device_info') AND source='direct'`
+	getUnprovenOfQuery = selectSession + `WHERE sender=` + unguessed + ` AND state IN ('unknown_device', 'device_info') AND source='direct'`
 	getDueOfQuery      = getUnprovenOfQuery + ` AND next_retry_time_ms <= $2`
 	getNextRetryQuery  = `SELECT MIN(next_retry_time_ms) FROM sendertrust_claim WHERE next_retry_time_ms > $1`
 	hastenQuery        = `UPDATE sendertrust_claim SET next_retry_time_ms=$1 WHERE next_retry_time_ms > $1 AND updated_at_ms > $1`
@@ -96,15 +95,18 @@ const (
 	`
 )
 
-func scanSession(row dbutil.Scannable) (*SenderData, error) {
+func scanSession(row dbutil.Scannable) (*SenderData, error) { return scanSessionAnd(row) }
+
+// scanSessionAnd is scanSession for a row that has more after that.
+func scanSessionAnd(row dbutil.Scannable, more ...any) (*SenderData, error) {
 	var sd SenderData
 	var deviceKeys sql.NullString
 	var nextRetry sql.NullInt64
 	var received, updated int64
-	err := row.Scan(
+	err := row.Scan(append([]any{
 		&sd.SessionID, &sd.SenderKey, &sd.SigningKey, &sd.RoomID, &sd.Sender, &sd.Source, &sd.Legacy, &sd.State, &sd.Reason, &sd.DeviceID,
 		&sd.MasterKey, &deviceKeys, &sd.Embedded, &sd.RetryCount, &nextRetry, &received, &updated,
-	)
+	}, more...)...)
 	if err != nil {
 		return nil, err
 	}

@@ -16,15 +16,15 @@ import (
 
 // everyQuery are the statements of this package, by the names of their constants. A test finds those that are missing here.
 var everyQuery = map[string]string{
-	"getClaimsQuery": getClaimsQuery, "getDueSendersQuery": getDueSendersQuery, "getDueOfQuery": getDueOfQuery, "getUnprovenOfQuery": getUnprovenOfQuery,
-	"getHoldersRoomQuery": getHoldersRoomQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
+	"getClaimsQuery": getClaimsQuery, "getGroundsQuery": getGroundsQuery, "getDueSendersQuery": getDueSendersQuery, "getDueOfQuery": getDueOfQuery, "getUnprovenOfQuery": getUnprovenOfQuery,
+	"getHoldersRoomQuery": getHoldersRoomQuery, "getGroupQuery": getGroupQuery, "getHighestIndexQuery": getHighestIndexQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
 	"getNextRetryQuery": getNextRetryQuery, "insertSenderQuery": insertSenderQuery, "upsertClaimQuery": upsertClaimQuery, "deleteClaimQuery": deleteClaimQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
 	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
 	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery, "getWithdrawnQuery": getWithdrawnQuery, "getOlmHashesQuery": getOlmHashesQuery,
-	"getClaimedQuery": getClaimedQuery, "getAwaitedQuery": getAwaitedQuery, "insertOlmHashQuery": insertOlmHashQuery,
+	"getClaimedQuery": getClaimedQuery, "getStoredSessionsQuery": getStoredSessionsQuery, "getAwaitedQuery": getAwaitedQuery, "insertOlmHashQuery": insertOlmHashQuery,
 	"insertSignatureQuery": insertSignatureQuery, "getSignersQuery": getSignersQuery, "getSignaturesQuery": getSignaturesQuery,
 	"getIdentityQuery": getIdentityQuery, "upsertIdentityQuery": upsertIdentityQuery,
-	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeyQuery": getSigningKeyQuery, "deleteDevicesQuery": deleteDevicesQuery,
+	"getDevicesByKeyQuery": getDevicesByKeyQuery, "getSigningKeysQuery": getSigningKeysQuery, "getWithdrawalsQuery": getWithdrawalsQuery, "countIdentityKeysQuery": countIdentityKeysQuery, "getProvenQuery": getProvenQuery, "upsertKeySignatureQuery": upsertKeySignatureQuery, "deleteDevicesQuery": deleteDevicesQuery,
 	"upsertDeviceQuery": upsertDeviceQuery,
 	"getHolderQuery":    getHolderQuery, "isTrackedQuery": isTrackedQuery, "getAccountQuery": getAccountQuery, "getTokenQuery": getTokenQuery,
 	"upsertWithheldQuery": upsertWithheldQuery, "getWithheldQuery": getWithheldQuery, "pruneWithheldQuery": pruneWithheldQuery,

@@ -77,6 +77,9 @@ func (h *Hook) receiveTogether(ctx context.Context, events []*event.Event, r *re
 		return 0, err
 	}
 	r.paused(len(run) == 0)
+	if err = r.lookUpSessions(ctx, run); err != nil {
+		return 0, h.uow.breakWith(err)
+	}
 	for _, m := range run {
 		if err = h.takeMessage(ctx, m); err != nil {
 			return 0, err

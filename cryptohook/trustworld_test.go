@@ -560,6 +560,7 @@ func (w *trustWorld) handle() {
 	if err = w.hook.uow.flush(w.ctx); err != nil {
 		w.t.Fatal(err)
 	}
+	w.checkGrounds()
 }
 
 // pending counts the events that the inbox has yet to hand on.

@@ -53,6 +53,8 @@ type unitOfWork struct {
 	stored func(ctx context.Context, sessionID id.SessionID) error
 	// undone is called when a part of a transaction was rolled back, and the rest goes on.
 	undone func()
+	// direct counts the sessions that are stored at once.
+	direct directStores
 	// fault, if set, is called between the writes of a flush. Tests stop the world there.
 	fault func(at string) error
 
@@ -66,6 +68,9 @@ type unitOfWork struct {
 	dirtyOlm  []*olmRecord
 	olm       map[id.SenderKey][]*olmRecord
 	byPointer map[*crypto.OlmSession]*olmRecord
+	held      heldSignatures
+
+	open openGroups
 }
 
 var _ crypto.Store = (*unitOfWork)(nil)

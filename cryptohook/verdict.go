@@ -287,10 +287,10 @@ func codeOf(state State, owner *SenderData, identity *Identity) Code {
 }
 
 // livingClaims leaves out rejected claims when there are others: a forger cannot cast doubt on a session by claiming it.
-func livingClaims(claims []*SenderData) []*SenderData {
-	var living []*SenderData
+func livingClaims[C interface{ isRejected() bool }](claims []C) []C {
+	var living []C
 	for _, claim := range claims {
-		if claim.State != StateRejected {
+		if !claim.isRejected() {
 			living = append(living, claim)
 		}
 	}
@@ -299,3 +299,5 @@ func livingClaims(claims []*SenderData) []*SenderData {
 	}
 	return living
 }
+
+func (sd *SenderData) isRejected() bool { return sd.State == StateRejected }

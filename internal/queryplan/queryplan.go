@@ -65,7 +65,15 @@ func explainSQLite(ctx context.Context, db *dbutil.Database, query string) (stri
 		var unused int
 		return detail, row.Scan(&unused, &unused, &unused, &detail)
 	}, err).AsList()
+	// What a statement brings along itself is no table.
+	own := map[string]bool{"CONSTANT ROW": true}
 	for _, detail := range plan {
+		if name, made := strings.CutPrefix(detail, "CO-ROUTINE "); made {
+			own[name] = true
+		}
+		if own[strings.TrimPrefix(detail, "SCAN ")] {
+			continue
+		}
 		// SQLite says SEARCH of MIN and MAX even where it has to read every row.
 		reads := strings.HasPrefix(detail, "SCAN ") || strings.HasPrefix(detail, "SEARCH ")
 		if reads && !strings.Contains(detail, "USING") || strings.Contains(detail, "TEMP B-TREE FOR ORDER BY") && strings.Contains(query, "LIMIT") {
