@@ -306,15 +306,18 @@ func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context
 
 // olmHash is a row that says that an Olm message was received.
 type olmHash struct {
-	hash       [sha256.Size]byte
+	accountID  string
 	receivedAt time.Time
+	hash       [sha256.Size]byte
 }
 
 // GetMassInsertValues implements [dbutil.MassInsertable].
-func (h olmHash) GetMassInsertValues() [2]any { return [2]any{h.receivedAt.UnixMilli(), h.hash[:]} }
+func (h olmHash) GetMassInsertValues() [3]any {
+	return [3]any{h.accountID, h.receivedAt.UnixMilli(), h.hash[:]}
+}
 
 // insertOlmHashes is mautrix's statement for one.
-var insertOlmHashes = dbutil.NewMassInsertBuilder[olmHash, [1]any](insertOlmHashQuery, "($1, $%d, $%d)")
+var insertOlmHashes = dbutil.NewMassInsertBuilder[olmHash, [0]any](insertOlmHashQuery, "($%d, $%d, $%d)")
 
 const insertOlmHashQuery = `
 	INSERT INTO crypto_olm_message_hash (account_id, received_at, message_hash) VALUES ($1, $2, $3) ON CONFLICT (message_hash) DO NOTHING
@@ -323,15 +326,9 @@ const insertOlmHashQuery = `
 func (u *unitOfWork) writeHashes(ctx context.Context) error {
 	hashes := make([]olmHash, 0, len(u.hashes))
 	for hash, receivedAt := range u.hashes {
-		hashes = append(hashes, olmHash{hash, receivedAt})
+		hashes = append(hashes, olmHash{u.AccountID, receivedAt, hash})
 	}
-	for some := range slices.Chunk(hashes, perStatement) {
-		query, params := insertOlmHashes.Build([1]any{u.AccountID}, some)
-		if _, err := u.DB.Exec(ctx, query, params...); err != nil {
-			return err
-		}
-	}
-	return nil
+	return insertAll(ctx, u.DB, insertOlmHashes, hashes, func(h olmHash) [sha256.Size]byte { return h.hash })
 }
 
 // Flush implements [crypto.Store].
