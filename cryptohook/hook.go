@@ -366,7 +366,7 @@ func (h *Hook) Encrypt(ctx context.Context, roomID id.RoomID, evtType event.Type
 	if err != nil {
 		return nil, fmt.Errorf("failed to get the members of %s: %w", roomID, err)
 	}
-	if err = h.mach.ShareGroupSession(ctx, roomID, members); err != nil {
+	if err = h.share(ctx, roomID, members); err != nil {
 		return nil, fmt.Errorf("failed to share the session of %s: %w", roomID, err)
 	}
 	return h.mach.EncryptMegolmEvent(ctx, roomID, evtType, content)

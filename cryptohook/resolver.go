@@ -411,24 +411,30 @@ func (r *resolver) start(ctx context.Context, batches []*batch) {
 	for _, b := range batches {
 		r.queries.Go(func() {
 			defer r.end(b)
-			defer func() {
-				if reason := recover(); reason != nil {
-					zerolog.Ctx(ctx).Error().Any("panic", reason).Bytes("stack", debug.Stack()).Msg("Failed to resolve senders, trying again")
+			r.inSlot(ctx, func() {
+				if err := r.work(ctx, b); err != nil && ctx.Err() == nil {
+					zerolog.Ctx(ctx).Err(err).Msg("Failed to resolve senders, trying again")
+					r.mu.Lock()
+					r.failure = err
+					r.mu.Unlock()
 				}
-			}()
-			select {
-			case r.slots <- struct{}{}:
-				defer func() { <-r.slots }()
-			case <-ctx.Done():
-				return
-			}
-			if err := r.work(ctx, b); err != nil && ctx.Err() == nil {
-				zerolog.Ctx(ctx).Err(err).Msg("Failed to resolve senders, trying again")
-				r.mu.Lock()
-				r.failure = err
-				r.mu.Unlock()
-			}
+			})
 		})
+	}
+}
+
+// inSlot asks for keys when no more than allowed are doing so, or not at all if the context ends before. What mautrix cannot bear is logged.
+func (r *resolver) inSlot(ctx context.Context, ask func()) {
+	defer func() {
+		if reason := recover(); reason != nil {
+			zerolog.Ctx(ctx).Error().Any("panic", reason).Bytes("stack", debug.Stack()).Msg("Failed to ask for keys")
+		}
+	}()
+	select {
+	case r.slots <- struct{}{}:
+		defer func() { <-r.slots }()
+		ask()
+	case <-ctx.Done():
 	}
 }
 
