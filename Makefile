@@ -31,7 +31,7 @@ test: ## all tests: units with the race detector, again on PostgreSQL, then Syna
 	$(GO) test -tags $(TAGS) -count 1 -v -timeout 8m ./e2e/soak
 
 # What does one thing after the other: the race detector has nothing to find there, and takes its time.
-IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot|FailedCommit
+IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot|FailedCommit|ManyAreStoredAsOneByOne|NoOddAnswerLeaves
 
 # What asks the database for the same over and over, to be sure of what is made of it.
 LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|SixtyFourAtOnce
