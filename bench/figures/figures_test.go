@@ -166,6 +166,19 @@ func TestCheckFailsForARatioThatIsWorseByMoreThanAFifth(t *testing.T) {
 			t.Errorf("%v against %v: compared %v, worse %v", test.ours, test.stock, lines, worse)
 		}
 	}
+	noisy := runOf(map[Key][]float64{ours: {30, 40, 50}, stocks: {100, 100, 100}})
+	for _, test := range []struct {
+		ours  []float64
+		worse int
+	}{
+		{[]float64{49, 60, 70}, 0}, // as good once as the worst that is kept
+		{[]float64{51, 60, 70}, 1},
+	} {
+		run := runOf(map[Key][]float64{ours: test.ours, stocks: {100, 100, 100}})
+		if lines, worse := run.Check(noisy); len(worse) != test.worse {
+			t.Errorf("%v: compared %v, worse %v", test.ours, lines, worse)
+		}
+	}
 	for name, runs := range map[string][2]*Run{
 		"not measured": {runOf(map[Key][]float64{ours: {1}}), kept},
 		"not kept":     {kept, runOf(map[Key][]float64{theirs: {1}})},
