@@ -142,7 +142,7 @@ const getStoredSessionsQuery = `
 	WHERE account_id IN (SELECT account_id FROM crypto_account) AND session_id IN ($1)
 `
 
-// lookUpSessions asks of which of the sessions in the room keys nothing is stored, in one statement.
+// lookUpSessions asks of which of the sessions in the room keys nothing is stored, in one statement. What is staged may be stored at any time.
 func (r *receiving) lookUpSessions(ctx context.Context, keys []*olmMessage) (err error) {
 	begun, settled := r.hook.uow.direct.now()
 	r.absent, r.absentAt = nil, begun
@@ -151,7 +151,7 @@ func (r *receiving) lookUpSessions(ctx context.Context, keys []*olmMessage) (err
 	}
 	var sessions []id.SessionID
 	for _, m := range keys {
-		if megolm := m.arrivedKey.session; megolm != nil {
+		if megolm := m.arrivedKey.session; megolm != nil && r.hook.uow.stagedGroup(megolm.ID()) == nil {
 			sessions = append(sessions, megolm.ID())
 		}
 	}
