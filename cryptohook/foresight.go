@@ -12,14 +12,23 @@ import (
 // What a transaction that stores many room keys would ask the database for each of them is asked for all of them at its beginning. Nearly
 // always the answer is that there is nothing, so that is all that is remembered.
 
-// foresight is what was looked up at the beginning of a transaction, and still holds in it. It goes with the transaction's context; nil knows nothing.
-type foresight struct {
-	// unclaimed are the sessions that nobody claims, unawaited those for whose key no event waits.
-	unclaimed, unawaited map[id.SessionID]struct{}
+// sessionSet are sessions; nil are none.
+type sessionSet map[id.SessionID]struct{}
+
+func (s sessionSet) has(sessionID id.SessionID) bool {
+	_, ok := s[sessionID]
+	return ok
 }
 
-func foresightOf(ctx context.Context) *foresight {
-	f, _ := ctx.Value(foresightKey).(*foresight)
+// foresight is what was looked up at the beginning of a transaction, and still holds in it: whoever writes of a session takes it out. It goes with
+// the transaction's context; the zero one knows nothing.
+type foresight struct {
+	// unclaimed are the sessions that nobody claims, unawaited those for whose key no event waits.
+	unclaimed, unawaited sessionSet
+}
+
+func foresightOf(ctx context.Context) foresight {
+	f, _ := ctx.Value(foresightKey).(foresight)
 	return f
 }
 
@@ -41,12 +50,12 @@ func (s *store) foresee(ctx context.Context, sessions []id.SessionID) (context.C
 	if err != nil {
 		return nil, fmt.Errorf("failed to look up what is known of the sessions that are to be stored: %w", err)
 	}
-	return context.WithValue(ctx, foresightKey, &f), nil
+	return context.WithValue(ctx, foresightKey, f), nil
 }
 
 // without gives the sessions that a query does not find.
-func (s *store) without(ctx context.Context, query string, sessions []id.SessionID) (map[id.SessionID]struct{}, error) {
-	left := make(map[id.SessionID]struct{}, len(sessions))
+func (s *store) without(ctx context.Context, query string, sessions []id.SessionID) (sessionSet, error) {
+	left := make(sessionSet, len(sessions))
 	for _, sessionID := range sessions {
 		left[sessionID] = struct{}{}
 	}
@@ -60,36 +69,4 @@ func (s *store) without(ctx context.Context, query string, sessions []id.Session
 		}
 	}
 	return left, nil
-}
-
-// isUnclaimed says that it is known that nobody claims the session.
-func (f *foresight) isUnclaimed(sessionID id.SessionID) bool {
-	if f == nil {
-		return false
-	}
-	_, unclaimed := f.unclaimed[sessionID]
-	return unclaimed
-}
-
-// claimed notes that the transaction stores a claim.
-func (f *foresight) claimed(sessionID id.SessionID) {
-	if f != nil {
-		delete(f.unclaimed, sessionID)
-	}
-}
-
-// isUnawaited says that it is known that no event waits for the session's key.
-func (f *foresight) isUnawaited(sessionID id.SessionID) bool {
-	if f == nil {
-		return false
-	}
-	_, unawaited := f.unawaited[sessionID]
-	return unawaited
-}
-
-// awaited notes that the transaction has an event wait.
-func (f *foresight) awaited(sessionID id.SessionID) {
-	if f != nil {
-		delete(f.unawaited, sessionID)
-	}
 }

@@ -51,11 +51,11 @@ func TestForesightKnowsWhatIsNotThere(t *testing.T) {
 	withForesight(t, func(ctx context.Context, _ *store) error {
 		f := foresightOf(ctx)
 		for i, sessionID := range foreseen {
-			if f.isUnclaimed(sessionID) != (i > 0) || f.isUnawaited(sessionID) != (i > 0) {
-				t.Errorf("%s: unclaimed %t, unawaited %t", sessionID, f.isUnclaimed(sessionID), f.isUnawaited(sessionID))
+			if f.unclaimed.has(sessionID) != (i > 0) || f.unawaited.has(sessionID) != (i > 0) {
+				t.Errorf("%s: unclaimed %t, unawaited %t", sessionID, f.unclaimed.has(sessionID), f.unawaited.has(sessionID))
 			}
 		}
-		if f.isUnclaimed("never heard of") || f.isUnawaited("never heard of") {
+		if f.unclaimed.has("never heard of") || f.unawaited.has("never heard of") {
 			t.Error("it knows of a session that was not asked for")
 		}
 		return nil

@@ -10,7 +10,6 @@ import (
 
 	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/crypto"
-	"maunium.net/go/mautrix/crypto/olm"
 	"maunium.net/go/mautrix/id"
 )
 
@@ -75,12 +74,10 @@ func (u *unitOfWork) copyGroup(session *crypto.InboundGroupSession) (*crypto.Inb
 	if err != nil {
 		return nil, err
 	}
-	internal := olm.NewBlankInboundGroupSession()
-	if err = internal.Unpickle(pickle, u.PickleKey); err != nil {
+	copied := *session
+	if copied.Internal, err = unpickle(pickle, u.PickleKey); err != nil {
 		return nil, err
 	}
-	copied := *session
-	copied.Internal = internal
 	return &copied, nil
 }
 

@@ -426,7 +426,7 @@ func (h *Hook) wakeLate(ctx context.Context, sessionID id.SessionID) error {
 	h.inbox.mu.Lock()
 	h.inbox.events.stirIn(sessionID)
 	h.inbox.mu.Unlock()
-	if foresightOf(ctx).isUnawaited(sessionID) {
+	if foresightOf(ctx).unawaited.has(sessionID) {
 		return nil
 	}
 	return h.store.wakeLate(ctx, sessionID, h.inbox.nextSeq)

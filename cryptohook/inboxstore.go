@@ -150,7 +150,7 @@ func (s *store) markHandled(ctx context.Context, eventID id.EventID) error {
 
 // markLate keeps an event whose handler was told that it cannot be decrypted, until the session's key comes.
 func (s *store) markLate(ctx context.Context, eventID id.EventID, sessionID id.SessionID) error {
-	foresightOf(ctx).awaited(sessionID)
+	delete(foresightOf(ctx).unawaited, sessionID)
 	_, err := s.Exec(ctx, markLateQuery, eventID, sessionID)
 	return err
 }

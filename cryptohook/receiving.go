@@ -34,7 +34,7 @@ type receiving struct {
 	oneByOne      bool
 	pause, inVain int
 	// absent are sessions of which nothing is stored: as many were stored at once as absentAt says when that was looked up.
-	absent   map[id.SessionID]struct{}
+	absent   sessionSet
 	absentAt uint64
 	// rooms are the encryption settings that were asked for; nil for a room that has none.
 	rooms map[id.RoomID]*event.EncryptionEventContent
@@ -165,11 +165,8 @@ func (r *receiving) isAbsent(sessionID id.SessionID) bool {
 	if r == nil {
 		return false
 	}
-	if begun, _ := r.hook.uow.direct.now(); begun != r.absentAt {
-		return false
-	}
-	_, absent := r.absent[sessionID]
-	return absent
+	begun, _ := r.hook.uow.direct.now()
+	return begun == r.absentAt && r.absent.has(sessionID)
 }
 
 // stored notes that the session is staged now.

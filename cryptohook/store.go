@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -150,9 +149,6 @@ func (s *store) putClaim(ctx context.Context, sd *SenderData) error {
 	return s.putClaims(ctx, []*SenderData{sd})
 }
 
-// claimsPerStatement keeps a statement below the number of parameters that SQLite takes.
-const claimsPerStatement = 500
-
 var insertClaims = dbutil.NewMassInsertBuilder[*SenderData, [0]any](
 	strings.Replace(upsertClaimQuery, senderOfClaim, "$2, $3, $4", 1),
 	"($%d, (SELECT id FROM sendertrust_sender WHERE user_id=$%d AND identity_key=$%d AND signing_key=$%d), $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d, $%d)")
@@ -185,13 +181,13 @@ func (s *store) putClaims(ctx context.Context, claims []*SenderData) error {
 // upsertClaims stores claims of devices that are noted.
 func (s *store) upsertClaims(ctx context.Context, claims []*SenderData) error {
 	for _, claim := range claims {
-		foresightOf(ctx).claimed(claim.SessionID)
+		delete(foresightOf(ctx).unclaimed, claim.SessionID)
 	}
-	for chunk := range slices.Chunk(claims, claimsPerStatement) {
-		query, params := insertClaims.Build([0]any{}, chunk)
-		if _, err := s.Exec(ctx, query, params...); err != nil {
-			return fmt.Errorf("failed to store sender data: %w", err)
-		}
+	err := insertAll(ctx, s.Database, insertClaims, claims, func(claim *SenderData) [4]string {
+		return [4]string{claim.SessionID.String(), stored(s.Database, claim.Sender.String()), claim.SenderKey.String(), claim.SigningKey.String()}
+	})
+	if err != nil {
+		return fmt.Errorf("failed to store sender data: %w", err)
 	}
 	return nil
 }
@@ -200,7 +196,7 @@ func (s *store) upsertClaims(ctx context.Context, claims []*SenderData) error {
 // signed it, are noted by the caller before: see noteSigners.
 func (s *store) mergeClaim(ctx context.Context, arrived *SenderData) (merged *SenderData, err error) {
 	var stored *SenderData
-	if !foresightOf(ctx).isUnclaimed(arrived.SessionID) {
+	if !foresightOf(ctx).unclaimed.has(arrived.SessionID) {
 		if stored, err = s.claim(ctx, arrived.SessionID, arrived.SenderKey); err != nil {
 			return nil, err
 		}
