@@ -433,6 +433,9 @@ func TestSessionOfTheEventIsOpenOnce(t *testing.T) {
 	if replayed := w.judgeNow(w.copyOf(said, "@alice:test")); replayed.verdict.Reason != ReasonReplayed {
 		t.Errorf("a replay: %+v", replayed.verdict)
 	}
+	if w.hook.uow.open.look(s.id()) != group {
+		t.Error("the session was opened anew without need")
+	}
 	must(0, w.hook.uow.RedactGroupSession(w.ctx, trustRoom, s.id(), "test"))
 	if seen := w.judgeNow(w.say(alice, s, "too late")); seen.verdict.Code != CodeUnableToDecrypt || seen.verdict.Reason != ReasonKeyDeleted {
 		t.Errorf("after its key was deleted: %+v", seen.verdict)
