@@ -86,14 +86,15 @@ func (o *outages) fail(ctx context.Context, within time.Duration, died *int) err
 // again has the power fail so often, and on until something was on its way to the disk: in the middle of writing, at fault points, and at
 // random. It leaves the bot running.
 func (o *outages) again(ctx context.Context, tries int) error {
-	// On a busy machine a bot may not come to write anything before its time is up.
+	// What a bot dies of may come to pass when nothing is on its way.
 	for try := 0; try < tries || o.loss.Unsynced == 0 && try < 5*tries; try++ {
 		var env []string
 		within, died := longestLife, new(int)
 		switch try % 3 {
 		case 0:
+			// People talk as long as this goes on, so it comes to write so much; when, depends on how busy the machine is.
 			o.disk.DieAt(1 + rand.Uint64N(mostWrites))
-			died = &o.atWrites
+			within, died = pointPatience, &o.atWrites
 		case 1:
 			env = []string{fmt.Sprintf("FAULTPOINT=%s:%d", faultPoints[try/3%len(faultPoints)], 1+rand.IntN(mostPasses))}
 			within, died = pointPatience/2, &o.atPoints
