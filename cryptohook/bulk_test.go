@@ -269,6 +269,8 @@ type strangeServer struct {
 	spare  map[id.UserID][]*actorDevice
 	former map[id.UserID][]jsonSigner
 	names  map[jsonSigner]string
+	// selfSigningIsSigned: every self-signing key is signed by its master key.
+	selfSigningIsSigned bool
 }
 
 func newStrangeServer(seed uint64, bot *actor) *strangeServer {
@@ -334,7 +336,7 @@ func (s *strangeServer) answer() (*mautrix.ReqQueryKeys, object) {
 		for _, keys := range answer["device_keys"].(object)[a.userID.String()].(object) {
 			s.spoil(a, keys.(object))
 		}
-		if selfSigning, ok := answer["self_signing_keys"].(object)[a.userID.String()].(object); ok && s.perhaps(0.1) {
+		if selfSigning, ok := answer["self_signing_keys"].(object)[a.userID.String()].(object); ok && s.perhaps(0.1) && !s.selfSigningIsSigned {
 			putSignature(selfSigning, a.userID, a.masterKey().String(), forgedSignature())
 		}
 		if master, ok := answer["master_keys"].(object)[a.userID.String()].(object); ok && s.perhaps(0.1) {

@@ -76,6 +76,7 @@ type Hook struct {
 	uow       *unitOfWork
 	store     *store
 	owner     *Ownership
+	rooms     crypto.StateStore
 	sessions  *SessionManager
 	resolver  *resolver
 	inbox     *inbox
@@ -180,8 +181,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 		client: client, options: options, clock: options.Clock, owner: owner, sessions: NewSessionManager(),
 		log: client.Log,
 	}
-	stateStore, err := h.openStores(ctx)
-	if err != nil {
+	if h.rooms, err = h.openStores(ctx); err != nil {
 		return nil, err
 	}
 	h.resolver, h.inbox, h.search, h.bundles = newResolver(h), newInbox(h), newKeySearch(h), newKeyBundles(h)
@@ -194,7 +194,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 		return nil, fmt.Errorf("failed to read the inbox: %w", err)
 	}
 	h.inbox.lastSeq.Store(lastSeq)
-	h.mach = crypto.NewOlmMachine(client, &h.log, h.uow, patientState{stateStore, h})
+	h.mach = crypto.NewOlmMachine(client, &h.log, h.uow, patientState{h.rooms, h})
 	// The hook asks for keys itself, beside decryption; and it has its own record of message indices.
 	h.mach.DisableDecryptKeyFetching = true
 	h.mach.DisableRatchetTracking = true

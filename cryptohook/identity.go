@@ -218,10 +218,14 @@ func namedSigners(keys *mautrix.DeviceKeys) []id.Ed25519 {
 	return named
 }
 
-// validSigners gives those of the named signers that are asked for whose signatures are valid.
-func validSigners(raw json.RawMessage, keys *mautrix.DeviceKeys, asked func(id.Ed25519) bool) []id.Ed25519 {
+// validSigners gives those of the named signers that are asked for whose signatures are valid, the one that matters most at first.
+func validSigners(raw json.RawMessage, keys *mautrix.DeviceKeys, first id.Ed25519, asked func(id.Ed25519) bool) []id.Ed25519 {
 	var valid []id.Ed25519
-	for i, signer := range namedSigners(keys) {
+	named := namedSigners(keys)
+	if i := slices.Index(named, first); i > 0 {
+		named = slices.Concat(named[i:i+1], named[:i], named[i+1:])
+	}
+	for i, signer := range named {
 		if i < maxSigners && isKey(signer.String()) && asked(signer) && signedBy(raw, keys.UserID, signer) {
 			valid = append(valid, signer)
 		}

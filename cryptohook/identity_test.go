@@ -499,10 +499,28 @@ func TestOnlyValidSignaturesAreNoted(t *testing.T) {
 			slices.Sort(genuine)
 			raw := rawJSON(keys)
 			parsed := must(parseDeviceKeys(raw, w.alice.userID, "DEVICE"))
-			if got := validSigners(raw, parsed, tc.asked); !slices.Equal(got, genuine[:tc.want]) {
+			if got := validSigners(raw, parsed, "", tc.asked); !slices.Equal(got, genuine[:tc.want]) {
 				t.Errorf("noted %v, want %v", got, genuine[:tc.want])
 			}
 		})
+	}
+}
+
+// Somebody who has reset their identity often, and whose devices bear the signatures of all their keys, is known by today's.
+func TestSignatureThatMattersIsLookedAtFirst(t *testing.T) {
+	w := newIdentityWorld()
+	device := w.alice.addDevice("DEVICE")
+	keys := device.selfSignedKeys()
+	var last id.Ed25519
+	for range 2 * maxSigners {
+		signer := must(olm.NewPKSigning())
+		signInto(keys, w.alice.userID, signer.PublicKey().String(), signer)
+		last = max(last, signer.PublicKey())
+	}
+	raw := rawJSON(keys)
+	valid := validSigners(raw, must(parseDeviceKeys(raw, w.alice.userID, "DEVICE")), last, func(id.Ed25519) bool { return true })
+	if len(valid) != maxSigners || valid[0] != last {
+		t.Errorf("looked at are %v, not %s at first", valid, last)
 	}
 }
 

@@ -31,8 +31,10 @@ type publishedDevice struct {
 	fault       error
 	identityKey id.IdentityKey
 	signingKey  id.Ed25519
-	// signers are those whose signatures are valid, and were not noted before.
-	signers []id.Ed25519
+	// name is what its owner calls it, or what mautrix would.
+	name string
+	// signers are those whose signatures are valid, and were not noted before; noted are those that were.
+	signers, noted []id.Ed25519
 }
 
 // checkPublished checks what is published of those who were asked about. The error is one of the database's.
@@ -49,20 +51,29 @@ func (h *Hook) checkPublished(ctx context.Context, asked *mautrix.ReqQueryKeys, 
 		return nil, err
 	}
 	users := make([]*publishedUser, len(answered))
-	var checks []func()
 	anchor := h.anchor()
 	for i, userID := range answered {
-		user := &publishedUser{userID: userID, complete: len(asked.DeviceKeys[userID]) == 0}
-		users[i] = user
-		checks = append(checks, func() { user.checkIdentity(anchor, answer) })
-		for deviceID, raw := range answer.DeviceKeys[userID] {
-			device := &publishedDevice{userID: userID, deviceID: deviceID, raw: raw}
+		users[i] = &publishedUser{userID: userID, complete: len(asked.DeviceKeys[userID]) == 0}
+	}
+	sideBySide(len(users), func(i int) { users[i].checkIdentity(anchor, answer) })
+	var checks []func()
+	for _, user := range users {
+		for deviceID, raw := range answer.DeviceKeys[user.userID] {
+			device := &publishedDevice{userID: user.userID, deviceID: deviceID, raw: raw}
 			user.devices = append(user.devices, device)
-			checks = append(checks, func() { device.check(noted) })
+			checks = append(checks, func() { device.check(user.selfSigningKey(), noted) })
 		}
 	}
 	sideBySide(len(checks), func(i int) { checks[i]() })
 	return users, nil
+}
+
+// selfSigningKey is what the user publishes as such, or the empty key.
+func (user *publishedUser) selfSigningKey() id.Ed25519 {
+	if user.identity == nil {
+		return ""
+	}
+	return user.identity.selfSigningKey
 }
 
 func (user *publishedUser) checkIdentity(anchor trustAnchor, answer *keyQuery) {
@@ -70,14 +81,31 @@ func (user *publishedUser) checkIdentity(anchor trustAnchor, answer *keyQuery) {
 	user.identity, user.identityFault = anchor.readIdentity(user.userID, answer.MasterKeys[user.userID], answer.SelfSigningKeys[user.userID])
 }
 
-func (device *publishedDevice) check(noted map[signature]bool) {
+func (device *publishedDevice) check(selfSigningKey id.Ed25519, noted map[signature]bool) {
 	keys, err := parseDeviceKeys(device.raw, device.userID, device.deviceID)
 	if err != nil {
 		device.fault = err
 		return
 	}
 	device.identityKey, device.signingKey = keys.Keys.GetCurve25519(device.deviceID), keys.Keys.GetEd25519(device.deviceID)
-	device.signers = validSigners(device.raw, keys, func(signer id.Ed25519) bool {
-		return !noted[signature{device.userID, device.identityKey, device.signingKey, signer}]
+	device.name = nameOf(keys)
+	device.signers = validSigners(device.raw, keys, selfSigningKey, func(signer id.Ed25519) bool {
+		known := noted[signature{device.userID, device.identityKey, device.signingKey, signer}]
+		if known {
+			device.noted = append(device.noted, signer)
+		}
+		return !known
 	})
+}
+
+// nameOf gives what mautrix calls a device.
+func nameOf(keys *mautrix.DeviceKeys) string {
+	name, named := keys.Unsigned["device_display_name"].(string)
+	switch {
+	case named:
+		return name
+	case keys.Dehydrated:
+		return "Dehydrated device"
+	}
+	return keys.DeviceID.String()
 }

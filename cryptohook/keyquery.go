@@ -161,13 +161,17 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (f
 		return nil, fmt.Errorf("failed to check the keys that users publish: %w", err)
 	}
 	var answered []id.UserID
+	took := takenIn(ctx)
 	err = h.learn(context.WithoutCancel(ctx), func(ctx context.Context) error {
 		current := slices.DeleteFunc(slices.Clone(users), func(user *publishedUser) bool { return !h.questions.answers(user.userID, number) })
 		answered = make([]id.UserID, len(current))
 		for i, user := range current {
 			answered[i] = user.userID
 		}
-		return h.storePublished(ctx, current, &answer)
+		if err := h.storePublished(ctx, current, &answer); err != nil || took == nil {
+			return err
+		}
+		return h.storeForMautrix(ctx, current, &answer)
 	})
 	if err != nil {
 		return nil, fmt.Errorf("failed to store the keys that users publish: %w", err)
@@ -176,6 +180,9 @@ func (h *Hook) observeKeyQuery(req *http.Request, number uint64, body []byte) (f
 	h.resolver.judgeAgain(answered)
 	h.bundles.signal()
 	h.changed(Change{Users: answered})
+	if took != nil {
+		return took.done(users, &answer)
+	}
 	return body, nil
 }
 

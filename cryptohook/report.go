@@ -243,7 +243,7 @@ func (h *Hook) Recheck(ctx context.Context, users []id.UserID) error {
 	wanted := slices.Compact(slices.Sorted(slices.Values(users)))
 	var unanswered []id.UserID
 	for chunk := range slices.Chunk(wanted, usersPerQuery) {
-		answered := h.resolver.query(ctx, chunk)
+		answered, _ := h.resolver.query(ctx, chunk)
 		for _, userID := range chunk {
 			if _, ok := answered[userID]; !ok {
 				unanswered = append(unanswered, userID)

@@ -442,7 +442,7 @@ func (r *resolver) inSlot(ctx context.Context, ask func()) {
 func (r *resolver) work(ctx context.Context, b *batch) error {
 	// Verdicts wait until the answer, and what it says of the sessions, is taken in.
 	defer r.hook.inbox.learnt(b.users)
-	r.query(ctx, b.users)
+	_, _ = r.query(ctx, b.users)
 	if len(b.tried) == 0 || ctx.Err() != nil {
 		return ctx.Err()
 	}
@@ -477,27 +477,28 @@ func (r *resolver) judged(users []id.UserID, counts map[id.UserID]int) {
 	}
 }
 
-// query asks for the keys of the users in one request. What comes is stored by observeKeyQuery. It gives those who were answered about.
-func (r *resolver) query(ctx context.Context, users []id.UserID) (answered map[id.UserID]map[id.DeviceID]*id.Device) {
+// query asks for the keys of the users in one request. It gives those who were answered about. An error, of our own homeserver or of the
+// database, is logged.
+func (r *resolver) query(ctx context.Context, users []id.UserID) (answered map[id.UserID]struct{}, err error) {
 	log := zerolog.Ctx(ctx)
 	before := r.attempts(users)
-	answered, err := r.hook.mach.FetchKeys(ctx, users, true)
+	answered, err = r.hook.fetchKeys(ctx, users)
 	if err != nil && ctx.Err() == nil {
 		log.Warn().Err(err).Int("users", len(users)).Msg("Failed to ask for keys")
 	}
 	changedMeanwhile := r.settle(users, before, func(userID id.UserID) bool { _, ok := answered[userID]; return ok }, err == nil)
 	if len(changedMeanwhile) > 0 {
-		// mautrix has just marked them as up to date, by an answer that may be older than the change.
-		if err = r.hook.uow.MarkTrackedUsersOutdated(ctx, changedMeanwhile); err != nil {
+		// They have just been marked as up to date, by an answer that may be older than the change.
+		if err := r.hook.uow.MarkTrackedUsersOutdated(ctx, changedMeanwhile); err != nil {
 			log.Err(err).Msg("Failed to mark device lists as outdated again")
 		}
 	}
 	for userID := range answered {
-		if err = r.hook.signPinned(ctx, userID); err != nil && ctx.Err() == nil {
+		if err := r.hook.signPinned(ctx, userID); err != nil && ctx.Err() == nil {
 			log.Err(err).Stringer("user_id", userID).Msg("Failed to sign a pinned master key")
 		}
 	}
-	return answered
+	return answered, err
 }
 
 func (r *resolver) attempts(users []id.UserID) map[id.UserID]*attempt {

@@ -58,3 +58,12 @@ func TestNothingIsLoggedOfASmallRoom(t *testing.T) {
 		t.Error(log)
 	}
 }
+
+func TestRoomOfNobodyGetsAKey(t *testing.T) {
+	w := crowdedRoom(t, 0)
+	asked := w.server.count("keys/query")
+	w.speak()
+	if w.server.count("keys/query") > asked {
+		t.Error("keys were asked for")
+	}
+}

@@ -222,7 +222,7 @@ func (d *derivation) noteSigners() {
 	if d.boundKeys == nil {
 		return
 	}
-	for _, key := range validSigners(d.bound, d.boundKeys, func(key id.Ed25519) bool { return !isSigner(d.data.signers, key) }) {
+	for _, key := range validSigners(d.bound, d.boundKeys, "", func(key id.Ed25519) bool { return !isSigner(d.data.signers, key) }) {
 		d.data.signers = append(d.data.signers, signer{key, d.bound})
 	}
 }

@@ -711,7 +711,7 @@ func (w *trustWorld) know(actors ...*actor) {
 	w.t.Helper()
 	for _, a := range actors {
 		w.server.add(a)
-		if _, err := w.hook.mach.FetchKeys(w.ctx, []id.UserID{a.userID}, true); err != nil {
+		if _, err := w.hook.fetchKeys(w.ctx, []id.UserID{a.userID}); err != nil {
 			w.t.Fatal(err)
 		}
 	}

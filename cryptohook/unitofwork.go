@@ -68,7 +68,6 @@ type unitOfWork struct {
 	dirtyOlm  []*olmRecord
 	olm       map[id.SenderKey][]*olmRecord
 	byPointer map[*crypto.OlmSession]*olmRecord
-	held      heldSignatures
 
 	open openGroups
 }
