@@ -22,9 +22,11 @@ type Figure struct {
 	Count         int     `json:"count,omitempty"`
 	MicrosEach    float64 `json:"us_each,omitempty"`
 	CPUMicrosEach float64 `json:"cpu_us_each,omitempty"`
-	// PeakKiB is the most memory that was resident during the work, LiveKiB what was left after it.
-	PeakKiB int `json:"peak_kib,omitempty"`
-	LiveKiB int `json:"live_kib,omitempty"`
+	// PeakKiB is the most memory that was resident during the work, ResidentKiB what still was after it, and LiveKiB what the program had
+	// allocated then and not freed.
+	PeakKiB     int `json:"peak_kib,omitempty"`
+	ResidentKiB int `json:"resident_kib,omitempty"`
+	LiveKiB     int `json:"live_kib,omitempty"`
 	// Values are other results by their names, with the unit in the name.
 	Values map[string]float64 `json:"values,omitempty"`
 }

@@ -72,7 +72,8 @@ func manySessions() []Goal {
 	most := Stored[len(Stored)-1]
 	return []Goal{
 		{Work: "peak memory receiving 2,000 keys", Of: quantity(hook, "memory_2000", "peak_kib", 0), Against: against(quantity(reference, "memory_2000", "peak_kib", 0)), AtMost: 1.5},
-		{Work: "memory after it", Of: quantity(hook, "memory_2000", "live_kib", 0), Against: against(quantity(reference, "memory_2000", "live_kib", 0)), AtMost: 1.5},
+		{Work: "live heap after it", Of: quantity(hook, "memory_2000", "live_kib", 0), Against: against(quantity(reference, "memory_2000", "live_kib", 0)), AtMost: 1.5},
+		{Work: "resident memory after it", Of: quantity(hook, "memory_2000", "resident_kib", 0), Against: against(quantity(reference, "memory_2000", "resident_kib", 0))},
 		{
 			Work: "peak memory receiving 100,000 keys", Other: "ours, 2,000 keys",
 			Of: quantity(hook, "memory_100000", "peak_kib", 0), Against: against(quantity(hook, "memory_2000", "peak_kib", 0)), AtMost: 1.3,

@@ -36,7 +36,7 @@ type Key struct {
 	Store  string `json:"store"`
 	Work   string `json:"work"`
 	Stored int    `json:"stored,omitempty"`
-	// Quantity is us_each, cpu_us_each, peak_kib, live_kib, or the name of another value.
+	// Quantity is us_each, cpu_us_each, peak_kib, resident_kib, live_kib, or the name of another value.
 	Quantity string `json:"quantity"`
 }
 
@@ -70,7 +70,8 @@ func (f Figure) quantities() map[string]float64 {
 		quantities[name] = value
 	}
 	for name, value := range map[string]float64{
-		"us_each": f.MicrosEach, "cpu_us_each": f.CPUMicrosEach, "peak_kib": float64(f.PeakKiB), "live_kib": float64(f.LiveKiB),
+		"us_each": f.MicrosEach, "cpu_us_each": f.CPUMicrosEach,
+		"peak_kib": float64(f.PeakKiB), "resident_kib": float64(f.ResidentKiB), "live_kib": float64(f.LiveKiB),
 	} {
 		if value != 0 {
 			quantities[name] = value

@@ -183,11 +183,20 @@ func (r *Receiver) Learn(ctx context.Context, people ...*inputs.Person) error {
 		for i, p := range chunk {
 			users[i] = p.UserID
 		}
-		if _, err := r.Machine.FetchKeys(ctx, users, true); err != nil {
+		if err := r.Fetch(ctx, users); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// Fetch has the receiver ask for what these users publish, in one request, and take it in.
+func (r *Receiver) Fetch(ctx context.Context, users []id.UserID) error {
+	if r.Hook != nil {
+		return r.Hook.Recheck(ctx, users)
+	}
+	_, err := r.Machine.FetchKeys(ctx, users, true)
+	return err
 }
 
 // Settle waits until nothing is left that the hook does beside.

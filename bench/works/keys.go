@@ -158,7 +158,7 @@ func (b *bench) query() {
 	b.report(b.measure("key_query", queryUsers*queryDevices, func() {
 		for _, query := range queries {
 			b.server.CanAnswer(query.Answer)
-			inputs.Must(b.Machine.FetchKeys(b.ctx, query.Users, true))
+			inputs.Check(b.Fetch(b.ctx, query.Users))
 		}
 	}))
 	b.close()

@@ -30,8 +30,10 @@ func (b *bench) memory() {
 	if stored := inputs.Must(b.Sessions(b.ctx)); stored != b.Keys+1 {
 		panic(fmt.Errorf("%d of %d room keys were stored", stored-1, b.Keys))
 	}
-	received.LiveKiB = liveKiB()
-	received.Values = map[string]float64{"heap_kib": float64(liveHeapKiB())}
+	received.ResidentKiB = residentKiB()
+	goHeap := goHeapKiB()
+	received.LiveKiB = goHeap + cHeapKiB()
+	received.Values = map[string]float64{"go_heap_kib": float64(goHeap)}
 	b.report(received)
 	b.close()
 }

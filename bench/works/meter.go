@@ -69,14 +69,14 @@ func statusKiB(name string) int {
 	return 0
 }
 
-// liveKiB is what is resident once all garbage is given back.
-func liveKiB() int {
+// residentKiB is what is resident once all garbage is given back.
+func residentKiB() int {
 	debug.FreeOSMemory()
 	return statusKiB("VmRSS:")
 }
 
-// liveHeapKiB is what the program can still reach.
-func liveHeapKiB() int {
+// goHeapKiB is what the program's Go can still reach.
+func goHeapKiB() int {
 	runtime.GC()
 	var stats runtime.MemStats
 	runtime.ReadMemStats(&stats)

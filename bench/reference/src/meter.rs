@@ -61,9 +61,21 @@ fn trim() {
 }
 
 /// What is resident once freed memory is given back.
-pub fn live_kib() -> u64 {
+pub fn resident_kib() -> u64 {
     trim();
     status_kib("VmRSS:")
+}
+
+/// What is allocated and not freed, by Rust and by SQLite; 0 where the C library cannot say it.
+pub fn live_kib() -> u64 {
+    // SAFETY: mallinfo2 only counts.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    unsafe {
+        let allocated = libc::mallinfo2();
+        (allocated.uordblks + allocated.hblkhd) as u64 >> 10
+    }
+    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+    0
 }
 
 fn status_kib(name: &str) -> u64 {

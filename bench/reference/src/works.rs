@@ -22,7 +22,7 @@ use tempfile::TempDir;
 
 use crate::{
     crowd,
-    meter::{Meter, live_kib},
+    meter::{Meter, live_kib, resident_kib},
     parties::{self, Party, first_login, receive, receiver_id, settings, sync_body},
 };
 
@@ -269,6 +269,7 @@ impl Bench {
         meter.end();
         assert_eq!(stored, self.options.keys, "every room key is stored");
         let mut figure = meter.figure(&format!("memory_{}", self.options.keys), stored);
+        figure.insert("resident_kib".into(), resident_kib().into());
         figure.insert("live_kib".into(), live_kib().into());
         self.report(figure);
     }
