@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"maunium.net/go/mautrix"
+	"maunium.net/go/mautrix/crypto/olm"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
 )
@@ -180,6 +181,64 @@ func TestDeviceThatComesAgainHasItsNewKeyForMautrix(t *testing.T) {
 	}
 }
 
+// What somebody has had mautrix note of a device stays.
+func TestTrustThatMautrixKeepsOfADeviceStays(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := w.server.add(newActor("@alice:test"))
+	genuine := alice.addDevice("ALICE")
+	w.mustFetch(alice.userID)
+	trust := func() id.TrustState {
+		t.Helper()
+		return must(w.hook.mach.CryptoStore.GetDevice(w.ctx, alice.userID, "ALICE")).Trust
+	}
+	device := must(w.hook.mach.CryptoStore.GetDevice(w.ctx, alice.userID, "ALICE"))
+	device.Trust = id.TrustStateBlacklisted
+	if err := w.hook.mach.CryptoStore.PutDevice(w.ctx, alice.userID, device); err != nil {
+		t.Fatal(err)
+	}
+	if w.mustFetch(alice.userID); trust() != id.TrustStateBlacklisted {
+		t.Errorf("a device that was not to be trusted is %s", trust())
+	}
+	alice.devices = nil
+	alice.addDevice("ALICE")
+	if w.mustFetch(alice.userID); trust() != id.TrustStateDeviceKeyMismatch {
+		t.Errorf("with another device's keys it is %s", trust())
+	}
+	alice.devices = []*actorDevice{genuine}
+	if w.mustFetch(alice.userID); trust() != id.TrustStateUnset {
+		t.Errorf("with its own keys again it is %s", trust())
+	}
+}
+
+// A self-signing key that was replaced has signed nothing, and when it comes back what it signs then counts.
+func TestSignaturesOfAReplacedKeyAreForgotten(t *testing.T) {
+	w, alice, _ := twoPeople(t)
+	owner := alice.owner
+	first := owner.selfSigning
+	signed := func() bool {
+		t.Helper()
+		return must(w.hook.mach.CryptoStore.IsKeySignedBy(w.ctx, owner.userID, alice.signingKey(), owner.userID, first.PublicKey()))
+	}
+	if !signed() {
+		t.Fatal("the device is not signed")
+	}
+	owner.selfSigning = must(olm.NewPKSigning())
+	if w.mustFetch(owner.userID); signed() {
+		t.Error("the former key's signature is still there")
+	}
+	owner.selfSigning = first
+	w.server.forge = func(answer object) {
+		answer["device_keys"].(object)[owner.userID.String()].(object)["ALICE"] = alice.forgedKeys()
+	}
+	if w.mustFetch(owner.userID); signed() {
+		t.Error("a forged signature counts, since there was a valid one once")
+	}
+	w.server.forge = nil
+	if w.mustFetch(owner.userID); !signed() {
+		t.Error("the signature does not count any more")
+	}
+}
+
 // A room's key is not used on when a member has a device more, less, or another one: it would not reach the new one, and the old one reads on.
 func TestRoomsGetNewKeysWhenDevicesChange(t *testing.T) {
 	w := crowdedRoom(t, 0)
@@ -214,6 +273,37 @@ func TestRoomsGetNewKeysWhenDevicesChange(t *testing.T) {
 		if after := session(); after != before && after != "" || (after == "") != change.renew {
 			t.Errorf("%s: session %s, then %q", change.what, before, after)
 		}
+	}
+}
+
+func TestRoomsKeepTheirKeysIfThatIsWanted(t *testing.T) {
+	w := crowdedRoom(t, 1)
+	w.speak()
+	w.hook.mach.DisableDeviceChangeKeyRotation = true
+	w.server.add(newActor("@member0:test")).addDevice("NEW")
+	w.mustFetch("@member0:test")
+	if must(w.hook.uow.GetOutboundGroupSession(w.ctx, trustRoom)) == nil {
+		t.Error("there is no session any more")
+	}
+}
+
+// To mautrix a user whose list was never asked for has no devices, whichever it has seen: the room's key has reached none.
+func TestDevicesOfAnUntrackedUserAreNewOnes(t *testing.T) {
+	w := crowdedRoom(t, 1)
+	w.speak()
+	device := w.server.add(newActor("@member0:test")).addDevice("SEEN")
+	if _, err := w.db.Exec(w.ctx, "DELETE FROM crypto_tracked_user WHERE user_id='@member0:test'"); err != nil {
+		t.Fatal(err)
+	}
+	err := w.hook.mach.CryptoStore.PutDevice(w.ctx, "@member0:test", &id.Device{
+		UserID: "@member0:test", DeviceID: "SEEN", IdentityKey: device.senderKey(), SigningKey: device.signingKey(),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.mustFetch("@member0:test")
+	if must(w.hook.uow.GetOutboundGroupSession(w.ctx, trustRoom)) != nil {
+		t.Error("the session is used on")
 	}
 }
 

@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 
 	"github.com/tidwall/gjson"
@@ -256,7 +255,6 @@ func (s *store) putCrossSigning(ctx context.Context, users []*publishedUser, use
 			if _, err = s.Exec(ctx, dropSignaturesQuery, user.userID, former); err != nil {
 				return err
 			}
-			maps.DeleteFunc(signatures, func(k keySignature, _ bool) bool { return k.signerKey == former })
 		}
 		signed = append(signed, user.keySignatures(answer, ourselves, func(k keySignature) bool { return signatures[asStored(k)] })...)
 	}
