@@ -26,29 +26,30 @@ pictures: ## take the pictures in docs/pictures again: the bot in a desktop clie
 test: ## all tests: units with the race detector, again on PostgreSQL, then Synapse, the bot as a process, and Element's crypto
 	@./e2e/setup.sh go postgres >/dev/null
 	$(GO) vet -tags $(TAGS) ./...
-	@$(MAKE) --no-print-directory -j3 -Otarget test-races test-postgres installed
+	@$(MAKE) --no-print-directory -j4 -Otarget test-races test-in-turn test-postgres installed
 	$(GO) test -tags $(TAGS) -count 1 -p 2 -v -timeout 12m $$($(GO) list -tags $(TAGS) ./e2e/... | grep -v '/soak$$')
 	$(GO) test -tags $(TAGS) -count 1 -v -timeout 8m ./e2e/soak
 
 # What does one thing after the other: the race detector has nothing to find there, and takes its time.
-IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot|FailedCommit|ManyAreStoredAsOneByOne|NoOddAnswerLeaves
+IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot|FailedCommit|ManyAreStoredAsOneByOne|MautrixKnows|StormOf|ReceivedTogether|AnswerAbout|OpenSession|EveryByteOfAProof|ForwardedKeys|ProofsOf|EveryEdge|KeyExports|BackupIsMade|BackupEntries|BundlesThat|ExamineAgrees|VerdictRests|UndecryptableEventsOf
 
-# What asks the database for the same over and over, to be sure of what is made of it.
-LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|SixtyFourAtOnce
+# What asks the database for the same over and over, to be sure of what is made of it, and what asks it for little.
+LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|SixtyFourAtOnce|StormOf|EveryByteOfAProof|ForwardedKeys|KeyExports|ProofsOf
 
 # What the end-to-end tests need is installed while the others run.
 .PHONY: installed
 installed:
 	@./e2e/setup.sh synapse element >/dev/null
 
-# Each of these two keeps one processor busy.
-.PHONY: test-races test-postgres
+# They wait for each other's processors, and the disk.
+.PHONY: test-races test-in-turn test-postgres
 test-races:
 	$(GO) test -tags $(TAGS) -race -timeout 10m -skip '$(IN_TURN)' . ./bot/... ./cryptohook/... ./bench/...
-test-postgres:
-	$(GO) test -tags $(TAGS) -timeout 5m -run '$(IN_TURN)' -skip HistoryIsJudged . ./bot ./cryptohook
-	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 8m -skip '$(LOGIC)' ./bot ./cryptohook
+test-in-turn:
+	$(GO) test -tags $(TAGS) -timeout 8m -run '$(IN_TURN)' -skip HistoryIsJudged . ./bot ./cryptohook
 	$(GO) test -tags $(TAGS) -v -run HistoryIsJudged -timeout 10m ./cryptohook $(HISTORIES) -rapid.checks=130 -rapid.seed=2026
+test-postgres:
+	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 8m -skip '$(LOGIC)' ./bot ./cryptohook
 
 # 100,000 steps. make test takes an eighth of them, the same ones each time, so that it fails for what has changed and for nothing else.
 HISTORIES := -rapid.nofailfile -rapid.checks=1040 -rapid.steps=100
@@ -60,7 +61,7 @@ histories: ## 100,000 steps of random histories, other ones each time
 .PHONY: test-unit
 test-unit: ## the tests that need no homeserver
 	@./e2e/setup.sh go postgres >/dev/null
-	@$(MAKE) --no-print-directory -j2 -Otarget test-races test-postgres
+	@$(MAKE) --no-print-directory -j3 -Otarget test-races test-in-turn test-postgres
 
 # What the tests of trust are worth: the code is broken in every small way, one at a time, and they have to notice.
 MUTATED  := steps.go,senderdata.go,identity.go,verification.go,verdict.go

@@ -166,7 +166,7 @@ func (c *crowd) produce(n int) {
 		defer c.network.people.mu.Unlock()
 		return delivery{toDevice: c.story.encrypt(p, "m.room_key", session.roomKey())}
 	}
-	for i := range keysOfPeer {
+	for i := range keysOfPeer() {
 		session := c.newKey(p, crowdRoom(n+i))
 		if i%4 == 1 {
 			c.network.deliveries <- c.newMessage(p, session)
