@@ -120,6 +120,8 @@ func (s *restoreStage) recoveryKey(t *testing.T) string {
 func (s *restoreStage) expectRestored(t *testing.T, earlier int) (log []string) {
 	t.Helper()
 	ctx := within(t, 2*patience)
+	// What its first /sync shows was said before its time.
+	ok(t, s.bot.WaitForLog(ctx, "/_matrix/client/v3/sync", "Request completed"))
 	if now := must(s.watcher.MasterKey(ctx, s.bot.UserID))(t); now != s.identity {
 		t.Errorf("the bot's master key is %s, and was %s", now, s.identity)
 	}

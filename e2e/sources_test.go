@@ -48,6 +48,8 @@ func (w *world) newBotOf(t *testing.T, userID id.UserID, recoveryKey string) *bo
 			config["encryption"].(botproc.Config)["wait"] = keyWait.String()
 		},
 	}))(t)
+	// What its first /sync shows was said before its time.
+	ok(t, bot.WaitForLog(within(t, patience), "/_matrix/client/v3/sync", "Request completed"))
 	t.Cleanup(func() {
 		bot.Kill()
 		if err := bot.CheckLog(mark, password, recoveryKey); err != nil {

@@ -187,6 +187,7 @@ var faults = map[string]func(f *faulty, n int) *proxy.Hook{
 // Whatever goes wrong between the bot and its homeserver, it goes on by itself, and answers each message once and rightly.
 func TestFaults(t *testing.T) {
 	w := theWorld(t)
+	t.Parallel()
 	for name, strike := range faults {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
