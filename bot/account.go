@@ -272,6 +272,10 @@ func (b *Bot) signOwnDevice(ctx context.Context) error {
 	if _, err = mach.FetchKeys(ctx, []id.UserID{b.client.UserID}, true); err != nil {
 		return fmt.Errorf("failed to fetch the bot's own keys: %w", err)
 	}
+	// That has made it forget our public keys, which it works out anew at first use, without a lock: nobody else is at work yet.
+	if _, err = mach.GetOwnCrossSigningPublicKeys(ctx); err != nil {
+		return fmt.Errorf("failed to work out the bot's public keys: %w", err)
+	}
 	return nil
 }
 

@@ -40,23 +40,23 @@ func (h *Hook) fetchKeys(ctx context.Context, users []id.UserID) (answered map[i
 	if h.mach.DeleteKeysOnDeviceDelete {
 		return h.fetchKeysByMautrix(ctx, users)
 	}
-	ourselves := h.mach.Client.UserID
-	others := slices.DeleteFunc(slices.Clone(users), func(userID id.UserID) bool { return userID == ourselves })
 	answered = make(map[id.UserID]struct{}, len(users))
-	if len(others) < len(users) {
-		// mautrix remembers our own keys, and only it can forget them.
+	if ourselves := h.mach.Client.UserID; h.mach.CrossSigningKeys == nil && slices.Contains(users, ourselves) {
+		// What mautrix remembers of a public identity whose secret keys it does not have, only it can forget. It does so without a lock, beside
+		// those who encrypt; with the secret keys it would come to the same again.
+		users = slices.DeleteFunc(slices.Clone(users), func(userID id.UserID) bool { return userID == ourselves })
 		if answered, err = h.fetchKeysByMautrix(ctx, []id.UserID{ourselves}); err != nil {
 			return nil, err
 		}
 	}
-	if len(others) > 0 {
-		err = h.fetchOthersKeys(ctx, others, answered)
+	if len(users) > 0 {
+		err = h.fetchAndStore(ctx, users, answered)
 	}
 	return answered, err
 }
 
-// fetchOthersKeys is fetchKeys for others than us. It adds them to those about whom there was an answer.
-func (h *Hook) fetchOthersKeys(ctx context.Context, users []id.UserID, answered map[id.UserID]struct{}) error {
+// fetchAndStore is fetchKeys without mautrix. It adds those about whom there was an answer.
+func (h *Hook) fetchAndStore(ctx context.Context, users []id.UserID, answered map[id.UserID]struct{}) error {
 	asked := make(mautrix.DeviceKeysRequest, len(users))
 	for _, userID := range users {
 		asked[userID] = mautrix.DeviceIDList{}

@@ -344,7 +344,23 @@ func TestAnswerIsStoredWholeOrNotAtAll(t *testing.T) {
 	}
 }
 
-// Our own keys are mautrix's to keep: it remembers them, and has to hear of new ones.
+// With the secret keys of our identity there is nothing that mautrix would have to forget. What it asks of our own devices is there.
+func TestOwnDevicesAreKnownToMautrix(t *testing.T) {
+	w := newTrustWorld(t)
+	other := w.server.add(w.bot).addDevice("OTHER")
+	if answered, err := w.fetch(w.bot.userID); err != nil || len(answered) != 1 {
+		t.Fatalf("answered about %v, %v", answered, err)
+	}
+	store := w.hook.mach.CryptoStore
+	if device := must(store.GetDevice(w.ctx, w.bot.userID, "OTHER")); device.SigningKey != other.signingKey() {
+		t.Errorf("our other device is %v", device)
+	}
+	if signatures := must(store.GetSignaturesForKeyBy(w.ctx, w.bot.userID, other.signingKey(), w.bot.userID)); signatures[w.bot.selfSigningKey()] == "" {
+		t.Errorf("the signatures on it are %v", signatures)
+	}
+}
+
+// Public keys of an identity that we do not have the secret keys of mautrix remembers, and has to hear of new ones.
 func TestOwnKeysAreFetchedByMautrix(t *testing.T) {
 	w, alice, _ := twoPeople(t)
 	w.hook.mach.CrossSigningKeys = nil // it would know them by these, without asking

@@ -148,6 +148,7 @@ func openReceiver(ctx context.Context, driver, path string, connections int, net
 		return nil, errors.Join(err, db.Close())
 	}
 	hook.mach.CrossSigningKeys = &crypto.CrossSigningKeysCache{MasterKey: bot.master, SelfSigningKey: bot.selfSigning, UserSigningKey: bot.userSigning}
+	must(hook.mach.GetOwnCrossSigningPublicKeys(ctx)) // as whoever imports them does
 	return &receiver{Hook: hook, network: net, db: db}, nil
 }
 
