@@ -34,7 +34,7 @@ test: ## all tests: units with the race detector, again on PostgreSQL, then Syna
 IN_TURN := ^Fuzz|ForgeriesProve|HistoryIsJudged|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|FailedReadBreaks|WithoutTheGate|KilledAtAnyMoment|RoomStateWaits|OwnerThatIsNotHeardOf|RoleThatMayNot|FailedCommit|ManyAreStoredAsOneByOne|MautrixKnows|StormOf|ReceivedTogether|AnswerAbout|OpenSession|EveryByteOfAProof|ForwardedKeys|ProofsOf|EveryEdge|KeyExports|BackupIsMade|BackupEntries|BundlesThat|ExamineAgrees|VerdictRests|UndecryptableEventsOf
 
 # What asks the database for the same over and over, to be sure of what is made of it, and what asks it for little.
-LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|SixtyFourAtOnce|StormOf|EveryByteOfAProof|ForwardedKeys|KeyExports|ProofsOf
+LOGIC := ForgeriesProve|EveryStoryOfTheTruth|EveryMeetingOfTwoKeys|SixtyFourAtOnce|StormOf|EveryByteOfAProof|ForwardedKeys|KeyExports|ProofsOf|BackupIsMade|BackupEntries|ExamineAgrees|BundlesThat|OwnIdentityIsJudged|EveryEdge|WithoutTheGate|UndecryptableEventsOf
 
 # What the end-to-end tests need is installed while the others run.
 .PHONY: installed
@@ -47,11 +47,11 @@ test-races:
 	$(GO) test -tags $(TAGS) -race -timeout 10m -skip '$(IN_TURN)' . ./bot/... ./cryptohook/... ./bench/...
 test-in-turn:
 	$(GO) test -tags $(TAGS) -timeout 8m -run '$(IN_TURN)' -skip HistoryIsJudged . ./bot ./cryptohook
-	$(GO) test -tags $(TAGS) -v -run HistoryIsJudged -timeout 10m ./cryptohook $(HISTORIES) -rapid.checks=130 -rapid.seed=2026
+	$(GO) test -tags $(TAGS) -v -run HistoryIsJudged -timeout 10m ./cryptohook $(HISTORIES) -rapid.checks=65 -rapid.seed=2026
 test-postgres:
 	TEST_DATABASE=postgres $(GO) test -tags $(TAGS) -short -timeout 8m -skip '$(LOGIC)' ./bot ./cryptohook
 
-# 100,000 steps. make test takes an eighth of them, the same ones each time, so that it fails for what has changed and for nothing else.
+# 100,000 steps. make test takes a sixteenth of them, the same ones each time, so that it fails for what has changed and for nothing else.
 HISTORIES := -rapid.nofailfile -rapid.checks=1040 -rapid.steps=100
 
 .PHONY: histories

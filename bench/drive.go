@@ -28,7 +28,7 @@ type driver struct {
 type options struct {
 	rounds                    int
 	only                      *regexp.Regexp
-	check, again              bool
+	check, again, merge       bool
 	reference, keep, document string
 	profiles                  string
 }
@@ -36,7 +36,8 @@ type options struct {
 func parse(arguments []string) (o options, err error) {
 	flags := flag.NewFlagSet("bench", flag.ContinueOnError)
 	flags.IntVar(&o.rounds, "rounds", 5, "how many times each process is started")
-	only := flags.String("only", "", "measure the groups only whose names match this regular expression; nothing is kept")
+	only := flags.String("only", "", "measure the groups only whose names match this regular expression; nothing is kept, without -merge")
+	flags.BoolVar(&o.merge, "merge", false, "with -only: what is measured takes the place of what is kept of it")
 	flags.BoolVar(&o.check, "check", false, "compare the ratios to stock mautrix with those that are kept")
 	flags.BoolVar(&o.again, "again", false, "write the table anew by the figures that are kept, and measure nothing")
 	flags.StringVar(&o.reference, "reference", ".cache/reference/release/reference", "the program of bench/reference; ours alone is measured if it is not there")
@@ -89,7 +90,10 @@ func all(ctx context.Context, arguments []string) error {
 	}
 	fmt.Println(d.run.Table(figures.Goals()))
 	if o.only.String() != "^()" {
-		return nil
+		if !o.merge {
+			return nil
+		}
+		return d.merge(o)
 	}
 	if d.reference == "" {
 		fmt.Println("Nothing is kept of a run without the reference.")
@@ -195,6 +199,19 @@ func doubleDashes(arguments []string) []string {
 		doubled[i] = argument
 	}
 	return doubled
+}
+
+// merge puts what was measured into what is kept.
+func (d *driver) merge(o options) error {
+	kept, err := figures.Load(o.keep)
+	if err != nil {
+		return err
+	}
+	kept.Replace(d.run)
+	if err = kept.Save(o.keep); err != nil {
+		return err
+	}
+	return writeTable(kept, o.document)
 }
 
 // keep writes down what was measured, and makes the profile that shows where the time goes.

@@ -1,7 +1,8 @@
 // Command bench measures how fast the hook is, against stock mautrix and against Element's crypto (bench/reference), in one run: make
 // bench. Each process does one work and ends, so that its memory is its own; those that are compared take turns.
 //
-//	bench [-rounds 5] [-only REGEXP]    measures everything, or the groups of that name, and prints the table
+//	bench [-rounds 5] [-only REGEXP]    measures everything, or the groups of that name, and prints the table;
+//	                                    -merge keeps what those have measured
 //	bench -check                        compares with what is kept: make bench-check
 //	bench -again                        writes the table anew by what is kept
 //	bench one -work keys-1 [-side …]    does one work in this process

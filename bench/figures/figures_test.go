@@ -216,3 +216,20 @@ func TestRunIsReadAsItWasKept(t *testing.T) {
 		t.Errorf("%v is first", read.Series[0].Key)
 	}
 }
+
+func TestFiguresOfAWorkTakeThePlaceOfFormerOnes(t *testing.T) {
+	kept, again := &Run{}, &Run{}
+	kept.Add([]Figure{{Side: "hook", Work: "query", MicrosEach: 9, PeakKiB: 90}, {Side: "hook", Work: "query", Stored: 1, MicrosEach: 8}, {Side: "stock", Work: "query", MicrosEach: 7}})
+	again.Add([]Figure{{Side: "hook", Work: "query", MicrosEach: 3}})
+	kept.Replace(again)
+	for key, want := range map[Key][]float64{
+		{Side: "hook", Work: "query", Quantity: "us_each"}:            {3},
+		{Side: "hook", Work: "query", Quantity: "peak_kib"}:           nil,
+		{Side: "hook", Work: "query", Stored: 1, Quantity: "us_each"}: {8},
+		{Side: "stock", Work: "query", Quantity: "us_each"}:           {7},
+	} {
+		if got := kept.Values(key); !slices.Equal(got, want) {
+			t.Errorf("%s: %v, want %v", key, got, want)
+		}
+	}
+}

@@ -90,6 +90,21 @@ func (r *Run) add(key Key, value float64) {
 	r.Series = append(r.Series, Series{key, []float64{value}})
 }
 
+// Replace puts the figures of another run in the place of those of the same works here. The other one's quantities are all that is left of
+// them.
+func (r *Run) Replace(other *Run) {
+	work := func(key Key) Key {
+		key.Quantity = ""
+		return key
+	}
+	measured := make(map[Key]struct{})
+	for _, series := range other.Series {
+		measured[work(series.Key)] = struct{}{}
+	}
+	r.Series = slices.DeleteFunc(r.Series, func(series Series) bool { _, anew := measured[work(series.Key)]; return anew })
+	r.Series = append(r.Series, other.Series...)
+}
+
 // Values gives what was measured in each round; nothing if it was not measured.
 func (r *Run) Values(key Key) []float64 {
 	for _, series := range r.Series {
