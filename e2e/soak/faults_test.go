@@ -196,7 +196,7 @@ func TestFaults(t *testing.T) {
 			if name == "silence" {
 				places = often(1, 5)
 			}
-			tries := often(3, 20) / places
+			tries := often(2, 20) / places
 			line := result{part: "faults", what: name}
 			var mu sync.Mutex
 			t.Run("", func(t *testing.T) {
