@@ -310,7 +310,7 @@ func (user *publishedUser) keySignatures(answer *keyQuery, ourselves id.UserID, 
 	add(identity.selfSigningKey, userID, identity.masterKey, answer.SelfSigningKeys[userID])
 	for _, device := range user.devices {
 		k := keySignature{userID, device.signingKey, userID, identity.selfSigningKey, ""}
-		// Of those that were noted before, any other signature was.
+		// What was noted before may have been another signature of that key: this one is checked, once.
 		if slices.Contains(device.signers, identity.selfSigningKey) ||
 			slices.Contains(device.noted, identity.selfSigningKey) && !known(k) && signedBy(device.raw, userID, identity.selfSigningKey) {
 			add(device.signingKey, userID, identity.selfSigningKey, device.raw)
