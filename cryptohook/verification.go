@@ -118,6 +118,9 @@ func (h *Hook) sign(ctx context.Context, identity *Identity) error {
 
 // signPinned signs the user's master key with our user-signing key if the configuration pins just that key.
 func (h *Hook) signPinned(ctx context.Context, userID id.UserID) error {
+	if _, pinned := h.options.VerifiedUsers[userID]; !pinned {
+		return nil
+	}
 	identity, err := h.store.identity(ctx, userID)
 	if err != nil || !h.anchor().needsSignature(identity) {
 		return err
