@@ -46,7 +46,7 @@ func observedHook(t *testing.T, synced bool) *cryptohook.Hook {
 	t.Helper()
 	client := must(mautrix.NewClient("http://homeserver.invalid", "@bot:example.org", "token"))(t)
 	client.DeviceID, client.Log = "BOT", zerolog.Nop()
-	hook := must(cryptohook.Install(t.Context(), client, cryptohook.Options{DB: newDatabase(t)(), PickleKey: []byte("pickle")}))(t)
+	hook := installedHook(t, client)
 	if synced {
 		resp := &mautrix.RespSync{NextBatch: "s1", DeviceOTKCount: mautrix.OTKCount{SignedCurve25519: 100}}
 		if err := client.Syncer.ProcessResponse(t.Context(), resp, "s0"); err != nil {

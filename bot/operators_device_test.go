@@ -92,7 +92,7 @@ func newBotWithHook(t *testing.T, homeserver http.Handler) *Bot {
 	b := testBot(t)
 	b.client.HomeserverURL, _ = url.Parse(server.URL)
 	b.client.DeviceID, b.client.Log, b.client.DefaultHTTPRetries = "BOT", zerolog.Nop(), 0
-	b.hook = must(cryptohook.Install(t.Context(), b.client, cryptohook.Options{DB: newDatabase(t)(), PickleKey: []byte("pickle")}))(t)
+	b.hook = installedHook(t, b.client)
 	return b
 }
 

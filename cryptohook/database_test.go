@@ -3,12 +3,10 @@ package cryptohook
 import (
 	"context"
 	"errors"
-	"fmt"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 
 	"go.mau.fi/util/dbutil"
@@ -31,43 +29,16 @@ func sqliteOnly(t *testing.T) {
 	}
 }
 
-// postgresServer is started when the first test needs it; TestMain stops it.
-var postgresServer struct {
-	once   sync.Once
-	server *postgres.Server
-	// upgraded is a database with all tables and nothing in them, which new ones are copied from.
-	upgraded string
-	err      error
-
-	mu sync.Mutex
-	// free are databases that tests have used, with nothing but their tables.
-	free []string
-}
+// databases on PostgreSQL; TestMain stops the server.
+var databases = postgres.NewPool("..", upgradeAll)
 
 func thePostgres(t testing.TB) *postgres.Server {
 	t.Helper()
-	s := &postgresServer
-	s.once.Do(func() {
-		ctx := context.Background()
-		if s.server, s.err = postgres.Start(ctx, ".."); s.err != nil {
-			return
-		}
-		if s.upgraded, s.err = s.server.NewDatabase(ctx); s.err == nil {
-			s.err = upgradeAll(ctx, s.upgraded)
-		}
-	})
-	if s.err != nil {
-		t.Fatal(s.err)
+	server, err := databases.Server()
+	if err != nil {
+		t.Fatal(err)
 	}
-	return s.server
-}
-
-func stopPostgres() {
-	if server := postgresServer.server; server != nil {
-		if err := server.Stop(); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-		}
-	}
+	return server
 }
 
 func upgradeAll(ctx context.Context, uri string) error {
@@ -95,23 +66,11 @@ func newDatabase(t testing.TB) string {
 // newPostgres gives the URI of a database on PostgreSQL that has its tables, and nothing in them.
 func newPostgres(t testing.TB) string {
 	t.Helper()
-	server, s := thePostgres(t), &postgresServer
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if len(s.free) == 0 {
-		s.free = append(s.free, must(server.Clone(t.Context(), s.upgraded)))
-	}
-	last := len(s.free) - 1
-	uri := s.free[last]
-	s.free = s.free[:last]
+	uri := must(databases.Take(t.Context()))
 	t.Cleanup(func() {
-		if err := server.Empty(context.Background(), uri); err != nil {
+		if err := databases.GiveBack(context.Background(), uri); err != nil {
 			t.Error(err)
-			return
 		}
-		s.mu.Lock()
-		defer s.mu.Unlock()
-		s.free = append(s.free, uri)
 	})
 	return uri
 }

@@ -47,7 +47,10 @@ func TestMain(m *testing.M) {
 	plan := os.Getenv(killPlanVariable)
 	if plan == "" {
 		code := m.Run()
-		stopPostgres()
+		if err := databases.Stop(); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			code = 1
+		}
 		os.Exit(code)
 	}
 	if err := childMain([]byte(plan)); err != nil {

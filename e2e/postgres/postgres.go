@@ -25,8 +25,9 @@ import (
 const (
 	// startPatience is how long the server may take to make its files and to answer.
 	startPatience = 60 * time.Second
-	stopPatience  = 10 * time.Second
-	pollInterval  = 20 * time.Millisecond
+	// stopPatience is how long it may take to end and to delete them.
+	stopPatience = 60 * time.Second
+	pollInterval = 20 * time.Millisecond
 	// role is who we are to the server. Everybody who can reach the socket may be; the directory keeps the others out.
 	role = "sendertrust"
 )
@@ -222,7 +223,7 @@ func (s *Server) Exec(ctx context.Context, database, statements string) error {
 	return errors.Join(err, conn.Close(ctx))
 }
 
-// Stop ends the server, killing it if it takes more than ten seconds, and deletes its directory.
+// Stop ends the server, killing it if it takes more than a minute, and deletes its directory.
 func (s *Server) Stop() error {
 	var err error
 	if s.process != nil {
