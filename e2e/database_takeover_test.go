@@ -78,7 +78,7 @@ func beginTalk(ctx context.Context, person *people.Person, room id.RoomID) *talk
 	k := &talk{more: make(chan struct{}, 1), done: make(chan struct{})}
 	go func() {
 		defer close(k.done)
-		ticker := time.NewTicker(150 * time.Millisecond)
+		ticker := time.NewTicker(400 * time.Millisecond)
 		defer ticker.Stop()
 		for n := 0; ; n++ {
 			if n%7 == 6 {
