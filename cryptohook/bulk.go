@@ -91,11 +91,26 @@ func execAll[V any](ctx context.Context, s *store, query string, values []V) err
 	return err
 }
 
-// withMany puts as many parameters into a statement as there are values.
+// withMany puts as many parameters into a statement as there are values, in place of $1.
 func withMany[V any](query string, values []V) (string, []any) {
-	placeholders, params := make([]string, len(values)), make([]any, len(values))
+	list, params := parameters(nil, values)
+	return strings.Replace(query, "$1", list, 1), params
+}
+
+// withTwo is withMany with a second list in place of $2, which comes later in the statement.
+func withTwo[V, W any](query string, first []V, second []W) (string, []any) {
+	before, after, _ := strings.Cut(query, "$2")
+	before, params := withMany(before, first)
+	list, params := parameters(params, second)
+	return before + list + after, params
+}
+
+// parameters adds the values to those before them, and gives how a statement names them.
+func parameters[V any](params []any, values []V) (list string, all []any) {
+	placeholders := make([]string, len(values))
 	for i, value := range values {
-		placeholders[i], params[i] = "$"+strconv.Itoa(i+1), value
+		params = append(params, value)
+		placeholders[i] = "$" + strconv.Itoa(len(params))
 	}
-	return strings.Replace(query, "$1", strings.Join(placeholders, ", "), 1), params
+	return strings.Join(placeholders, ", "), params
 }

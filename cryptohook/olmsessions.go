@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/rs/zerolog"
 	"go.mau.fi/util/dbutil"
 	"maunium.net/go/mautrix/crypto"
 	"maunium.net/go/mautrix/crypto/olm"
@@ -43,6 +44,11 @@ func (u *unitOfWork) records(ctx context.Context, senderKey id.SenderKey) ([]*ol
 		err = u.orUnreadable(ctx, err, "an Olm session with "+senderKey.String(), getOlmPicklesQuery, u.AccountID, senderKey)
 		return nil, u.fail(ctx, fmt.Errorf("failed to read the Olm sessions with %s: %w", senderKey, err))
 	}
+	return u.loaded(senderKey, sessions), nil
+}
+
+// loaded takes in all Olm sessions with that device. The caller holds mu.
+func (u *unitOfWork) loaded(senderKey id.SenderKey, sessions []*crypto.OlmSession) []*olmRecord {
 	records := make([]*olmRecord, len(sessions))
 	for i, session := range sessions {
 		records[i] = &olmRecord{
@@ -52,7 +58,47 @@ func (u *unitOfWork) records(ctx context.Context, senderKey id.SenderKey) ([]*ol
 		u.byPointer[session] = records[i]
 	}
 	u.olm[senderKey] = records
-	return records, nil
+	return records
+}
+
+const getOlmSessionsOfSendersQuery = `
+	SELECT sender_key, session, created_at, last_encrypted, last_decrypted FROM crypto_olm_session
+	WHERE account_id IN (SELECT account_id FROM crypto_account) AND sender_key IN ($1)
+`
+
+// lookUpOlmSessions loads the Olm sessions with those devices, in one statement. What it fails about is loaded one by one when it is asked for.
+func (u *unitOfWork) lookUpOlmSessions(ctx context.Context, senderKeys []id.SenderKey) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	senderKeys = slices.DeleteFunc(senderKeys, func(senderKey id.SenderKey) bool { _, loaded := u.olm[senderKey]; return loaded })
+	if len(senderKeys) == 0 {
+		return
+	}
+	query, params := withMany(getOlmSessionsOfSendersQuery, senderKeys)
+	sessions := make(map[id.SenderKey][]*crypto.OlmSession)
+	rows, err := u.DB.Query(ctx, query, params...)
+	err = dbutil.NewRowIterWithError(rows, func(row dbutil.Scannable) (senderKey id.SenderKey, err error) {
+		session, err := u.scanOlmSession(rowAfter{row, &senderKey})
+		sessions[senderKey] = append(sessions[senderKey], session)
+		return senderKey, err
+	}, err).Iter(func(id.SenderKey) (bool, error) { return true, nil })
+	if err != nil {
+		zerolog.Ctx(ctx).Warn().Err(err).Msg("Failed to read the Olm sessions with many devices at once, reading them one by one")
+		return
+	}
+	for _, senderKey := range senderKeys {
+		u.loaded(senderKey, sessions[senderKey])
+	}
+}
+
+// rowAfter is what follows in a row after its first column.
+type rowAfter struct {
+	dbutil.Scannable
+	first any
+}
+
+func (r rowAfter) Scan(dest ...any) error {
+	return r.Scannable.Scan(append([]any{r.first}, dest...)...)
 }
 
 // mautrix's own GetSessions takes rows that it fails to read for rows that are not there, and a peer without sessions is

@@ -25,6 +25,8 @@ type receiving struct {
 	known   knowledge
 	walks   map[senderOfWalk]*derivation
 	devices map[deviceOfKey]*id.Device
+	// users are those who were looked up at the beginning.
+	users map[id.UserID]knownUser
 	// hashes are the Olm messages that were asked for, with the time at which they were received before, if they were.
 	hashes map[[sha256.Size]byte]time.Time
 	// messages are the Olm messages in the events.
@@ -54,7 +56,7 @@ type senderOfWalk struct {
 
 func newReceiving(h *Hook) *receiving {
 	return &receiving{
-		hook: h, walks: make(map[senderOfWalk]*derivation), devices: make(map[deviceOfKey]*id.Device),
+		hook: h, walks: make(map[senderOfWalk]*derivation), devices: make(map[deviceOfKey]*id.Device), users: make(map[id.UserID]knownUser),
 		messages: make(map[*event.Event]*olmMessage), hashes: make(map[[sha256.Size]byte]time.Time), rooms: make(map[id.RoomID]*event.EncryptionEventContent),
 	}
 }
@@ -76,6 +78,7 @@ func (r *receiving) renew() {
 	if r.known.outdated(r.hook) {
 		clear(r.walks)
 		clear(r.devices)
+		clear(r.users)
 		r.known = r.hook.knowledge()
 	}
 }

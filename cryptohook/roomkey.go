@@ -271,7 +271,7 @@ func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bo
 	walk := r.walkOf(key)
 	if walk == nil {
 		var err error
-		if walk, err = h.walk(ctx, claim, arrived.embedded); err != nil {
+		if walk, err = h.walk(ctx, claim, arrived.embedded, r); err != nil {
 			return nil, err
 		}
 		r.keep(key, walk)
@@ -286,10 +286,10 @@ func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bo
 }
 
 // walk walks the steps for a claim that came with those device keys, if any.
-func (h *Hook) walk(ctx context.Context, claim SenderData, embedded json.RawMessage) (*derivation, error) {
-	walk := &derivation{caches: h.store, anchor: h.anchor(), now: claim.ReceivedAt, checked: &h.signatures, embedded: embedded, data: claim}
+func (h *Hook) walk(ctx context.Context, claim SenderData, embedded json.RawMessage, r *receiving) (*derivation, error) {
+	walk := &derivation{caches: r.cachesFor(h.store), anchor: h.anchor(), now: claim.ReceivedAt, checked: &h.signatures, embedded: embedded, data: claim}
 	var err error
-	if walk.current, err = h.store.deviceListCurrent(ctx, claim.Sender); err != nil {
+	if walk.current, err = r.deviceListCurrent(ctx, h.store, claim.Sender); err != nil {
 		return nil, err
 	}
 	if _, err = walk.derive(ctx); err != nil {

@@ -17,7 +17,8 @@ import (
 // everyQuery are the statements of this package, by the names of their constants. A test finds those that are missing here.
 var everyQuery = map[string]string{
 	"getClaimsQuery": getClaimsQuery, "getGroundsQuery": getGroundsQuery, "getDueSendersQuery": getDueSendersQuery, "getDueOfQuery": getDueOfQuery, "getUnprovenOfQuery": getUnprovenOfQuery,
-	"getHoldersRoomQuery": getHoldersRoomQuery, "getGroupQuery": getGroupQuery, "getHighestIndexQuery": getHighestIndexQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "keepDeviceQuery": keepDeviceQuery,
+	"getHoldersRoomQuery": getHoldersRoomQuery, "getGroupQuery": getGroupQuery, "getHighestIndexQuery": getHighestIndexQuery, "getOlmSessionsQuery": getOlmSessionsQuery, "getOlmSessionsOfSendersQuery": getOlmSessionsOfSendersQuery, "getDevicesOfSendersQuery": getDevicesOfSendersQuery,
+	"getListsOfSendersQuery": getListsOfSendersQuery, "keepDeviceQuery": keepDeviceQuery,
 	"getNextRetryQuery": getNextRetryQuery, "insertSenderQuery": insertSenderQuery, "upsertClaimQuery": upsertClaimQuery, "deleteClaimQuery": deleteClaimQuery, "rejudgeSignedQuery": rejudgeSignedQuery,
 	"rejudgeEarlierQuery": rejudgeEarlierQuery, "rejudgeRotatedQuery": rejudgeRotatedQuery, "getVerifiedQuery": getVerifiedQuery,
 	"insertWithdrawalQuery": insertWithdrawalQuery, "deleteWithdrawalQuery": deleteWithdrawalQuery, "isWithdrawnQuery": isWithdrawnQuery, "getWithdrawnQuery": getWithdrawnQuery, "getOlmHashesQuery": getOlmHashesQuery,

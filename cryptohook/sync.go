@@ -183,7 +183,10 @@ func (h *Hook) receive(ctx context.Context, resp *mautrix.RespSync) (postponed [
 			evt.Content.Parsed = nil // what could be read of it is not to be taken for all
 		}
 	})
-	if err = receiving.lookUpHashes(ctx, resp.ToDevice.Events); err != nil {
+	if err = receiving.lookUpHashes(ctx, resp.ToDevice.Events); err == nil {
+		err = receiving.lookUpSenders(ctx)
+	}
+	if err != nil {
 		return nil, h.uow.breakWith(err)
 	}
 	taken := 0
