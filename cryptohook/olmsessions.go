@@ -33,6 +33,41 @@ const upsertOlmSessionQuery = `
 		SET session=excluded.session, last_encrypted=excluded.last_encrypted, last_decrypted=excluded.last_decrypted
 `
 
+var upsertOlmSessions = dbutil.NewMassInsertBuilder[olmRow, [0]any](upsertOlmSessionQuery, "($%d, $%d, $%d, $%d, $%d, $%d, $%d)")
+
+// olmRow is the row of a record.
+type olmRow struct {
+	*olmRecord
+	accountID string
+}
+
+// GetMassInsertValues implements [dbutil.MassInsertable].
+func (r olmRow) GetMassInsertValues() [7]any {
+	return [7]any{r.sessionID, r.senderKey, r.pickle, r.created, r.encrypted, r.decrypted, r.accountID}
+}
+
+// writeOlmSessions writes what is staged of Olm sessions: all at once, or each by the function that is given. The caller holds mu.
+func (u *unitOfWork) writeOlmSessions(ctx context.Context, each func(ctx context.Context, w write) error) error {
+	rows := make([]olmRow, len(u.dirtyOlm))
+	for i, record := range u.dirtyOlm {
+		rows[i] = olmRow{record, u.AccountID}
+	}
+	insert := func(rows []olmRow) write {
+		return func(ctx context.Context) error {
+			return insertAll(ctx, u.DB, upsertOlmSessions, rows, func(r olmRow) id.SessionID { return r.sessionID })
+		}
+	}
+	if each == nil {
+		return insert(rows)(ctx)
+	}
+	for row := range slices.Chunk(rows, 1) {
+		if err := each(ctx, insert(row)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // records gives all Olm sessions with that device, loading them at first use. The caller holds mu.
 func (u *unitOfWork) records(ctx context.Context, senderKey id.SenderKey) ([]*olmRecord, error) {
 	if records, loaded := u.olm[senderKey]; loaded {

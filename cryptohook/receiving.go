@@ -146,15 +146,18 @@ const getStoredSessionsQuery = `
 `
 
 // lookUpSessions asks of which of the sessions in the room keys nothing is stored, in one statement. What is staged may be stored at any time.
-func (r *receiving) lookUpSessions(ctx context.Context, keys []*olmMessage) (err error) {
+func (r *receiving) lookUpSessions(ctx context.Context, keys ...*arrivedKey) (err error) {
+	if r == nil {
+		return nil
+	}
 	begun, settled := r.hook.uow.direct.now()
 	r.absent, r.absentAt = nil, begun
 	if !settled {
 		return nil
 	}
 	var sessions []id.SessionID
-	for _, m := range keys {
-		if megolm := m.arrivedKey.session; megolm != nil && r.hook.uow.stagedGroup(megolm.ID()) == nil {
+	for _, key := range keys {
+		if megolm := key.session; megolm != nil && r.hook.uow.stagedGroup(megolm.ID()) == nil {
 			sessions = append(sessions, megolm.ID())
 		}
 	}

@@ -317,7 +317,11 @@ func absentWorld(t *testing.T) (w *trustWorld, s *megolm, key, later *olmMessage
 
 func (r *receiving) mustLookUp(t *testing.T, keys ...*olmMessage) {
 	t.Helper()
-	if err := r.lookUpSessions(t.Context(), keys); err != nil {
+	var arrived []*arrivedKey
+	for _, key := range keys {
+		arrived = append(arrived, &key.arrivedKey)
+	}
+	if err := r.lookUpSessions(t.Context(), arrived...); err != nil {
 		t.Fatal(err)
 	}
 }

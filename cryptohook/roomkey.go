@@ -120,6 +120,9 @@ func (h *Hook) receiveRoomKey(ctx context.Context, olmEvent *crypto.DecryptedOlm
 	arrived := &arrivedKey{olmEvent: olmEvent}
 	arrived.readDevice()
 	arrived.read()
+	if err := receivingOf(ctx).lookUpSessions(ctx, arrived); err != nil {
+		return err
+	}
 	return h.takeRoomKey(ctx, arrived)
 }
 

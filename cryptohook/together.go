@@ -77,7 +77,11 @@ func (h *Hook) receiveTogether(ctx context.Context, events []*event.Event, r *re
 		return 0, err
 	}
 	r.paused(len(run) == 0)
-	if err = r.lookUpSessions(ctx, run); err != nil {
+	keys := make([]*arrivedKey, len(run))
+	for i, m := range run {
+		keys[i] = &m.arrivedKey
+	}
+	if err = r.lookUpSessions(ctx, keys...); err != nil {
 		return 0, h.uow.breakWith(err)
 	}
 	for _, m := range run {

@@ -189,28 +189,34 @@ func (r *receiver) limitPages(t *testing.T, pages int) {
 	}
 }
 
-// TestFailedReadBreaksTheUnitOfWork has a read fail from the second message on, or, of the messages that were received before, from the
-// beginning: they are looked up at once. mautrix would log that and go on without the message, as if it could not be decrypted.
+// TestFailedReadBreaksTheUnitOfWork has a read fail from the beginning, or from the second message on, before which something was learnt, so
+// that what was looked up at the beginning is void. mautrix would log that and go on without the message, as if it could not be decrypted.
 func TestFailedReadBreaksTheUnitOfWork(t *testing.T) {
-	for _, table := range []string{
-		"crypto_olm_message_hash", "crypto_olm_session", "crypto_device", "crypto_megolm_inbound_session", "crypto_tracked_user",
-		"sendertrust_identity", "sendertrust_device", "mx_room_state",
+	for _, read := range []struct {
+		table    string
+		messages int
+	}{
+		{"crypto_olm_message_hash", 0}, {"crypto_olm_session", 0}, {"crypto_device", 0}, {"crypto_tracked_user", 0}, {"sendertrust_identity", 0},
+		{"crypto_device", 1}, {"crypto_megolm_inbound_session", 1}, {"crypto_tracked_user", 1}, {"sendertrust_identity", 1}, {"sendertrust_device", 1},
+		{"mx_room_state", 1},
 	} {
-		for name, fail := range unreadable(table) {
-			t.Run(table+", "+name, func(t *testing.T) {
+		for name, fail := range unreadable(read.table) {
+			t.Run(fmt.Sprintf("%s after %d messages, %s", read.table, read.messages, name), func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 				defer cancel()
 				s, net, r, _ := faultyStory(t)
 				before := dumpFile(t, s)
-				if table == "crypto_olm_message_hash" {
-					fail()
-				}
 				messages := 0
-				r.mach.CryptoStore = &watched{unitOfWork: r.uow, beforeMessage: func() {
-					if messages++; messages == 2 {
+				count := func() {
+					if messages++; messages > read.messages {
+						r.learntInPassing()
 						fail()
 					}
-				}}
+				}
+				if read.messages == 0 {
+					count()
+				}
+				r.mach.CryptoStore = &watched{unitOfWork: r.uow, beforeMessage: count}
 				if err := r.process(ctx, s.Syncs[1]); !errors.Is(err, ErrUnitOfWorkBroken) {
 					t.Fatalf("the error is %v, want ErrUnitOfWorkBroken", err)
 				}
