@@ -47,7 +47,11 @@ func TestSendersOfASyncAreLookedUpTogether(t *testing.T) {
 	w := newTrustWorld(t)
 	people := w.crowdOf(30)
 	for _, round := range []string{"new Olm sessions", "known ones", "after a restart"} {
-		for _, table := range []string{"FROM crypto_device", "first_master_key", "FROM crypto_tracked_user", "FROM crypto_olm_session", "INTO crypto_olm_session"} {
+		for table, most := range map[string]int64{
+			"FROM crypto_device": 2, "first_master_key": 2, "FROM crypto_tracked_user": 2, "FROM crypto_olm_session": 2, "INTO crypto_olm_session": 6,
+			// A key in a new Olm session comes alone: what is stored under its ID is asked for by itself.
+			"FROM crypto_megolm_inbound_session": int64(len(people)),
+		} {
 			if round != "known ones" {
 				w.restart()
 			}
@@ -62,7 +66,7 @@ func TestSendersOfASyncAreLookedUpTogether(t *testing.T) {
 			}
 			count := w.statements(table)
 			w.sync(syncPart{toDevice: keys})
-			if got := count.count.Load(); got > 6 {
+			if got := count.count.Load(); got > most {
 				t.Errorf("%s: %d statements with %q for %d senders", round, got, table, len(people))
 			}
 			for i, device := range people {

@@ -111,8 +111,26 @@ func TestWhatPostgreSQLRefusesIsLeftOut(t *testing.T) {
 	r.uow.stage(func(ctx context.Context) error {
 		return r.store.putWithheld(ctx, "behind", "@a:test", event.RoomKeyWithheldUnverified, now)
 	})
+	// Of two Olm sessions one is with a key that does not fit into its column.
+	other := crypto.NewOlmAccount()
+	if err := other.Internal.GenOneTimeKeys(2); err != nil {
+		t.Fatal(err)
+	}
+	fitting, tooLong := id.SenderKey(strings.Repeat("k", 43)), id.SenderKey(strings.Repeat("l", 44))
+	senderKeys := []id.SenderKey{tooLong, fitting}
+	for _, oneTimeKey := range must(other.Internal.OneTimeKeys()) {
+		session := must(crypto.NewOlmAccount().Internal.NewOutboundSession(other.IdentityKey(), oneTimeKey))
+		if err := r.uow.AddSession(ctx, senderKeys[0], &crypto.OlmSession{Internal: session}); err != nil {
+			t.Fatal(err)
+		}
+		senderKeys = senderKeys[1:]
+	}
 	if err := r.uow.flush(ctx); err != nil {
 		t.Fatal(err)
+	}
+	var stored int
+	if err := r.db.QueryRow(ctx, "SELECT COUNT(*) FROM crypto_olm_session WHERE sender_key=$1", fitting).Scan(&stored); err != nil || stored != 1 {
+		t.Errorf("of the Olm session in which there is nothing to refuse %d are stored (%v)", stored, err)
 	}
 	if texts := noted(t, s.seed); len(texts) != 2 || texts[0] != "before" || texts[1] != "behind" {
 		t.Errorf("stored: %.100q", texts)
