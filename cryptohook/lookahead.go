@@ -10,8 +10,8 @@ import (
 	"maunium.net/go/mautrix/id"
 )
 
-// What will be asked of the senders of one /sync is asked for all of them at its beginning, in a statement for each kind of thing: with two hundred
-// devices that send a key each, most of the time went into asking for one after the other.
+// What will be asked of the senders of one /sync is asked for all of them at its beginning, in a statement for each kind of thing. One after the
+// other each device would take several, which on PostgreSQL are a round trip each.
 
 const (
 	getDevicesOfSendersQuery = `
@@ -34,17 +34,18 @@ func (r *receiving) lookUpSenders(ctx context.Context) error {
 	}
 	r.renew()
 	for some := range slices.Chunk(slices.Collect(maps.Keys(devices)), sendersPerStatement) {
-		users, keys := make(map[id.UserID]struct{}), make(map[id.SenderKey]struct{})
+		senders, senderKeys := make(map[id.UserID]struct{}), make(map[id.SenderKey]struct{})
 		for _, device := range some {
-			users[device.userID], keys[device.key] = struct{}{}, struct{}{}
+			senders[device.userID], senderKeys[device.key] = struct{}{}, struct{}{}
 		}
-		if err := r.lookUpUsers(ctx, slices.Collect(maps.Keys(users))); err != nil {
+		users, keys := slices.Collect(maps.Keys(senders)), slices.Collect(maps.Keys(senderKeys))
+		if err := r.lookUpUsers(ctx, users); err != nil {
 			return fmt.Errorf("failed to look up what is known of senders: %w", err)
 		}
-		if err := r.lookUpDevices(ctx, some, slices.Collect(maps.Keys(users)), slices.Collect(maps.Keys(keys))); err != nil {
+		if err := r.lookUpDevices(ctx, some, users, keys); err != nil {
 			return fmt.Errorf("failed to look up the devices of senders: %w", err)
 		}
-		r.hook.uow.lookUpOlmSessions(ctx, slices.Collect(maps.Keys(keys)))
+		r.hook.uow.lookUpOlmSessions(ctx, keys)
 	}
 	return nil
 }
@@ -98,18 +99,18 @@ type knownUser struct {
 	current  bool
 }
 
-// cachesFor gives what a walk may look at. The caller has just renewed what was looked up.
-func (r *receiving) cachesFor(s *store) caches {
-	if r == nil {
-		return s
-	}
-	return lookedUp{s, r.users}
-}
-
-// lookedUp are caches of which a part was looked up before.
+// lookedUp are a walk's caches of which a part was looked up before.
 type lookedUp struct {
 	*store
 	users map[id.UserID]knownUser
+}
+
+// cachesFor gives what a walk may look at. The caller has just renewed what was looked up; without a receiver nothing was.
+func (r *receiving) cachesFor(s *store) lookedUp {
+	if r == nil {
+		return lookedUp{store: s}
+	}
+	return lookedUp{s, r.users}
 }
 
 func (l lookedUp) identity(ctx context.Context, userID id.UserID) (*Identity, error) {
@@ -119,12 +120,9 @@ func (l lookedUp) identity(ctx context.Context, userID id.UserID) (*Identity, er
 	return l.store.identity(ctx, userID)
 }
 
-// deviceListCurrent is that of the store.
-func (r *receiving) deviceListCurrent(ctx context.Context, s *store, userID id.UserID) (bool, error) {
-	if r != nil {
-		if user, looked := r.users[userID]; looked {
-			return user.current, nil
-		}
+func (l lookedUp) deviceListCurrent(ctx context.Context, userID id.UserID) (bool, error) {
+	if user, looked := l.users[userID]; looked {
+		return user.current, nil
 	}
-	return s.deviceListCurrent(ctx, userID)
+	return l.store.deviceListCurrent(ctx, userID)
 }

@@ -46,22 +46,17 @@ func (r olmRow) GetMassInsertValues() [7]any {
 	return [7]any{r.sessionID, r.senderKey, r.pickle, r.created, r.encrypted, r.decrypted, r.accountID}
 }
 
-// writeOlmSessions writes what is staged of Olm sessions: all at once, or each by the function that is given. The caller holds mu.
-func (u *unitOfWork) writeOlmSessions(ctx context.Context, each func(ctx context.Context, w write) error) error {
+// writeOlmSessions writes what is staged of Olm sessions, so many together by the function that is given. The caller holds mu.
+func (u *unitOfWork) writeOlmSessions(ctx context.Context, each func(ctx context.Context, w write) error, together int) error {
 	rows := make([]olmRow, len(u.dirtyOlm))
 	for i, record := range u.dirtyOlm {
 		rows[i] = olmRow{record, u.AccountID}
 	}
-	insert := func(rows []olmRow) write {
-		return func(ctx context.Context) error {
-			return insertAll(ctx, u.DB, upsertOlmSessions, rows, func(r olmRow) id.SessionID { return r.sessionID })
-		}
-	}
-	if each == nil {
-		return insert(rows)(ctx)
-	}
-	for row := range slices.Chunk(rows, 1) {
-		if err := each(ctx, insert(row)); err != nil {
+	for some := range slices.Chunk(rows, together) {
+		err := each(ctx, func(ctx context.Context) error {
+			return insertAll(ctx, u.DB, upsertOlmSessions, some, func(r olmRow) id.SessionID { return r.sessionID })
+		})
+		if err != nil {
 			return err
 		}
 	}

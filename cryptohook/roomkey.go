@@ -290,9 +290,10 @@ func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bo
 
 // walk walks the steps for a claim that came with those device keys, if any.
 func (h *Hook) walk(ctx context.Context, claim SenderData, embedded json.RawMessage, r *receiving) (*derivation, error) {
-	walk := &derivation{caches: r.cachesFor(h.store), anchor: h.anchor(), now: claim.ReceivedAt, checked: &h.signatures, embedded: embedded, data: claim}
+	known := r.cachesFor(h.store)
+	walk := &derivation{caches: known, anchor: h.anchor(), now: claim.ReceivedAt, checked: &h.signatures, embedded: embedded, data: claim}
 	var err error
-	if walk.current, err = r.deviceListCurrent(ctx, h.store, claim.Sender); err != nil {
+	if walk.current, err = known.deviceListCurrent(ctx, claim.Sender); err != nil {
 		return nil, err
 	}
 	if _, err = walk.derive(ctx); err != nil {

@@ -213,10 +213,10 @@ func (u *unitOfWork) flush(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		return u.writeAll(ctx, nil)
+		return u.writeAll(ctx, asItIs, insertSizes[0])
 	})
 	if isRefused(err) {
-		err = u.transaction(ctx, func(ctx context.Context) error { return u.writeAll(ctx, u.leaveOutRefused) })
+		err = u.transaction(ctx, func(ctx context.Context) error { return u.writeAll(ctx, u.leaveOutRefused, 1) })
 	}
 	if err != nil {
 		return fmt.Errorf("failed to commit the unit of work: %w", err)
@@ -243,6 +243,9 @@ const upsertAccountQuery = `
 		SET shared=excluded.shared, account=excluded.account, key_backup_version=excluded.key_backup_version
 `
 
+// asItIs runs one write.
+func asItIs(ctx context.Context, w write) error { return w(ctx) }
+
 // leaveOutRefused runs one write, and goes on without it if PostgreSQL does not take what is in it. Strangers' texts and numbers are
 // checked where they come in; one that is overlooked must not keep everything else from being stored, for ever.
 func (u *unitOfWork) leaveOutRefused(ctx context.Context, w write) error {
@@ -263,8 +266,8 @@ func (u *unitOfWork) leaveOutRefused(ctx context.Context, w write) error {
 	return err
 }
 
-// writeAll writes everything that is staged. If a function is given, each thing that stands for itself is written by that.
-func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context, w write) error) error {
+// writeAll writes everything that is staged, each thing that stands for itself by the function that is given; so many Olm sessions are one such thing.
+func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context, w write) error, together int) error {
 	if err := u.at("begun"); err != nil {
 		return err
 	}
@@ -277,7 +280,7 @@ func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context
 	if err := u.at("account"); err != nil {
 		return err
 	}
-	if err := u.writeOlmSessions(ctx, each); err != nil {
+	if err := u.writeOlmSessions(ctx, each, together); err != nil {
 		return fmt.Errorf("failed to store Olm sessions: %w", err)
 	}
 	if err := u.writeHashes(ctx); err != nil {
@@ -285,9 +288,6 @@ func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context
 	}
 	if err := u.at("ratchets"); err != nil {
 		return err
-	}
-	if each == nil {
-		each = func(ctx context.Context, w write) error { return w(ctx) }
 	}
 	for _, write := range u.writes {
 		if err := each(ctx, write); err != nil {

@@ -23,7 +23,7 @@ type Pool struct {
 }
 
 // NewPool gives a pool whose server starts when it is needed first. What prepare makes of the first database, which it closes
-// again, all of them have; for nil they have no tables.
+// again, all of them have.
 func NewPool(projectRoot string, prepare func(ctx context.Context, uri string) error) *Pool {
 	return &Pool{root: projectRoot, prepare: prepare}
 }
@@ -39,7 +39,7 @@ func (p *Pool) startNow(ctx context.Context) (err error) {
 	if p.server, err = Start(ctx, p.root); err != nil {
 		return err
 	}
-	if p.prepared, err = p.server.NewDatabase(ctx); err != nil || p.prepare == nil {
+	if p.prepared, err = p.server.NewDatabase(ctx); err != nil {
 		return err
 	}
 	return p.prepare(ctx, p.prepared)

@@ -44,7 +44,6 @@ func TestServerMakesDatabasesAndLeavesNothingBehind(t *testing.T) {
 	}
 }
 
-
 func TestPoolLendsDatabasesThatAreEmpty(t *testing.T) {
 	if testing.Short() {
 		t.Skip("needs PostgreSQL: not with -short")
