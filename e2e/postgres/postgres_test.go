@@ -93,4 +93,7 @@ func TestPoolLendsDatabasesThatAreEmpty(t *testing.T) {
 	if again := take(); again != first || rows(again) != 0 {
 		t.Errorf("after %s was given back, %s is lent, with what others have left there", first, again)
 	}
+	if third := take(); third == first || third == second {
+		t.Errorf("%s is lent to two at once", third)
+	}
 }
