@@ -113,6 +113,27 @@ func TestDevicesThatWereLookedUpAreThoseOfMautrix(t *testing.T) {
 	}
 }
 
+// What was looked up of a user is what the store says.
+func TestUsersThatWereLookedUpAreThoseOfTheStore(t *testing.T) {
+	w := newTrustWorld(t)
+	people := w.crowdOf(3)
+	if err := w.hook.uow.MarkTrackedUsersOutdated(w.ctx, []id.UserID{people[1].owner.userID}); err != nil {
+		t.Fatal(err)
+	}
+	stranger := newActor("@stranger:test").addDevice("PHONE")
+	r := w.lookingUp(ofKey(people[0]), ofKey(people[1]), ofKey(stranger))
+	for device, current := range map[*actorDevice]bool{people[0]: true, people[1]: false, stranger: false, people[2]: true} {
+		userID := device.owner.userID
+		looked := r.cachesFor(w.hook.store)
+		if got := must(looked.deviceListCurrent(w.ctx, userID)); got != current || got != must(w.hook.store.deviceListCurrent(w.ctx, userID)) {
+			t.Errorf("the device list of %s is current: %t", userID, got)
+		}
+		if got, want := must(looked.identity(w.ctx, userID)), must(w.hook.store.identity(w.ctx, userID)); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %+v, want %+v", userID, got, want)
+		}
+	}
+}
+
 // What is learnt of a sender while a /sync is received makes void what was looked up at its beginning.
 func TestWhatWasLookedUpIsNotUsedBeyondWhatWasLearnt(t *testing.T) {
 	w := newTrustWorld(t)
