@@ -139,6 +139,7 @@ func (h *Hook) prepare(ctx context.Context) error {
 	if err := h.migrate(ctx); err != nil {
 		return err
 	}
+	var change Change
 	err := h.learn(ctx, func(ctx context.Context) error {
 		identities, err := h.store.verifiedIdentities(ctx)
 		if err != nil {
@@ -163,12 +164,15 @@ func (h *Hook) prepare(ctx context.Context) error {
 			if err = h.applyPin(ctx, identity); err != nil {
 				return err
 			}
+			change.Users = append(change.Users, identity.UserID)
 		}
 		return nil
 	})
 	if err != nil {
 		return fmt.Errorf("failed to apply the pinned master keys: %w", err)
 	}
+	// The owner may have reviewed what it had told before this was durable.
+	h.changed(change)
 	return nil
 }
 
