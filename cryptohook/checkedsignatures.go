@@ -8,7 +8,9 @@ import (
 
 // checkedSignatures remembers which signatures were checked, and whether they are valid. A device sends its own keys, with their signatures,
 // with each key of a session, and whether one is valid depends on nothing but on what and by whom it is: see digestOf.
-type checkedSignatures struct{ remembered }
+type checkedSignatures struct{ *digests }
+
+func newCheckedSignatures() *checkedSignatures { return &checkedSignatures{newDigests()} }
 
 // digestOf is the digest of all that the validity of a signature depends on: the one on a JSON object that is in the user's name, and by the
 // key of that name.

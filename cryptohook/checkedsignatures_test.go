@@ -7,7 +7,7 @@ import (
 )
 
 func TestCheckedSignaturesAreForgotten(t *testing.T) {
-	var c checkedSignatures
+	c := newCheckedSignatures()
 	checks, checksOfGood := 0, 0
 	valid := func(name string) bool {
 		return c.valid(digestOf(nil, "", name, ""), func() bool {
@@ -25,14 +25,14 @@ func TestCheckedSignaturesAreForgotten(t *testing.T) {
 	if checks != 2 {
 		t.Errorf("%d checks of two signatures", checks)
 	}
-	for i := range 3 * perGeneration {
+	for i := range 3 * digestsInGeneration {
 		valid(fmt.Sprint(i))
 		valid("good") // in use: kept
 	}
 	if checksOfGood != 1 {
 		t.Errorf("what is in use was checked %d times", checksOfGood)
 	}
-	if size := len(c.newer) + len(c.older); size > 2*perGeneration {
+	if size := len(c.newer) + len(c.older); size > 2*digestsInGeneration {
 		t.Errorf("%d are remembered", size)
 	}
 	before := checks

@@ -278,7 +278,7 @@ func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.Sess
 		return true, nil
 	}
 	u.indices[key] = seen
-	if group := u.open.look(sessionID); group != nil {
+	if group, isOpen := u.open.look(sessionID); isOpen {
 		group.highest = max(group.highest, int64(key.column()))
 	}
 	u.writes = append(u.writes, func(ctx context.Context) error {
@@ -315,8 +315,8 @@ func (u *unitOfWork) storedIndex(ctx context.Context, key messageIndex) (stored 
 // disputed messages: higher as their column holds them, by which they are looked up. That is known without asking as long as the session is
 // open, for nobody else stores any. The caller holds mu.
 func (u *unitOfWork) isAboveAll(ctx context.Context, key messageIndex) (bool, error) {
-	group := u.open.look(key.sessionID)
-	if group == nil {
+	group, isOpen := u.open.look(key.sessionID)
+	if !isOpen {
 		return false, nil
 	}
 	if !group.highestKnown {

@@ -90,7 +90,8 @@ type Hook struct {
 	counters  counters
 	// judgedPending is written in the unit of work's transactions only.
 	judgedPending pendingJudged
-	signatures    checkedSignatures
+	signatures    *checkedSignatures
+	sentKeys      sentKeys
 	// oneByOne has nothing be received together, for tests that look at each message.
 	oneByOne bool
 	// background are goroutines that answer other devices' requests.
@@ -179,7 +180,7 @@ func Install(ctx context.Context, client *mautrix.Client, options Options) (hook
 	}
 	h := &Hook{
 		client: client, options: options, clock: options.Clock, owner: owner, sessions: NewSessionManager(),
-		log: client.Log,
+		log: client.Log, signatures: newCheckedSignatures(), sentKeys: newSentKeys(),
 	}
 	if h.rooms, err = h.openStores(ctx); err != nil {
 		return nil, err

@@ -18,15 +18,16 @@ import (
 //
 // They are no copies of the database: whether there is a key, for which room, whose, and which one, is read from it for each event. What is
 // kept is only what a pickle holds that is stored now, byte by byte. So nobody who changes a session has to know of this.
-//
-// Two generations of a bounded size, as [checkedSignatures].
 type openGroups struct {
-	mu           sync.Mutex
-	newer, older map[id.SessionID]*openGroup
+	*generations[id.SessionID, *openGroup]
 }
 
 // groupsInGeneration is how many sessions are in a generation: about 1.5 KiB each.
 const groupsInGeneration = 300
+
+func newOpenGroups() *openGroups {
+	return &openGroups{newGenerations[id.SessionID](groupsInGeneration, each[*openGroup])}
+}
 
 // openGroup is a session's pickle, opened.
 type openGroup struct {
@@ -43,35 +44,9 @@ type openGroup struct {
 	highestKnown bool
 }
 
-func (o *openGroups) look(sessionID id.SessionID) *openGroup {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if group := o.newer[sessionID]; group != nil {
-		return group
-	}
-	group := o.older[sessionID]
-	if group != nil {
-		o.keepLocked(sessionID, group)
-	}
-	return group
-}
-
-func (o *openGroups) keep(sessionID id.SessionID, group *openGroup) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	o.keepLocked(sessionID, group)
-}
-
-func (o *openGroups) keepLocked(sessionID id.SessionID, group *openGroup) {
-	if len(o.newer) >= groupsInGeneration || o.newer == nil {
-		o.newer, o.older = make(map[id.SessionID]*openGroup), o.newer
-	}
-	o.newer[sessionID] = group
-}
-
 // open gives what is in the pickle of a session.
 func (o *openGroups) open(sessionID id.SessionID, pickle, pickleKey []byte) (*openGroup, error) {
-	if group := o.look(sessionID); group != nil && group.holds(pickle) {
+	if group, isOpen := o.look(sessionID); isOpen && group.holds(pickle) {
 		return group, nil
 	}
 	internal, err := unpickle(pickle, pickleKey)

@@ -246,7 +246,7 @@ func TestOpenSessionDecryptsAsOneThatWasJustOpened(t *testing.T) {
 		messages = append(messages, s.at(index), s.unsound(index), s.unsigned(index))
 	}
 	messages = append(messages, s.unsound(first+20), []byte("garbage"), []byte("!"), nil)
-	var open openGroups
+	open := newOpenGroups()
 	random := rand.New(rand.NewPCG(1, 2))
 	for range 30 {
 		for _, i := range random.Perm(len(messages)) {
@@ -275,7 +275,7 @@ func TestOpenSessionDecryptsAsOneThatWasJustOpened(t *testing.T) {
 }
 
 func TestOpenSessionsAreBounded(t *testing.T) {
-	var open openGroups
+	open := newOpenGroups()
 	key := []byte("pickle")
 	pickle := must(newSealed().from(0).Internal.Pickle(key))
 	name := func(i int) id.SessionID { return id.SessionID(fmt.Sprint(i)) }
@@ -289,7 +289,8 @@ func TestOpenSessionsAreBounded(t *testing.T) {
 			t.Fatalf("%d sessions are open", n)
 		}
 	}
-	if open.look(name(0)) != nil || open.look(name(3*groupsInGeneration-1)) == nil {
+	_, first := open.look(name(0))
+	if _, last := open.look(name(3*groupsInGeneration - 1)); first || !last {
 		t.Error("the one that was used last is closed, or the first one is not")
 	}
 }
@@ -375,7 +376,7 @@ func TestIndexAboveAllIsNotLookedUp(t *testing.T) {
 		case 0:
 			must(0, r.uow.flush(ctx))
 		case 1:
-			r.uow.open = openGroups{}
+			r.uow.open = newOpenGroups()
 		case 2:
 			r.uow.transaction = func(context.Context, func(context.Context) error) error { return errors.New("the disk is full") }
 			if len(r.uow.writes) > 0 && r.uow.flush(ctx) == nil {
@@ -424,7 +425,7 @@ func TestSessionOfTheEventIsOpenOnce(t *testing.T) {
 			t.Errorf("message %d: %+v", i, seen.verdict)
 		}
 	}
-	group := w.hook.uow.open.look(s.id())
+	group, _ := w.hook.uow.open.look(s.id())
 	if group == nil || !group.highestKnown || group.highest != 2 {
 		t.Fatalf("open: %+v", group)
 	}
@@ -433,7 +434,7 @@ func TestSessionOfTheEventIsOpenOnce(t *testing.T) {
 	if replayed := w.judgeNow(w.copyOf(said, "@alice:test")); replayed.verdict.Reason != ReasonReplayed {
 		t.Errorf("a replay: %+v", replayed.verdict)
 	}
-	if w.hook.uow.open.look(s.id()) != group {
+	if now, _ := w.hook.uow.open.look(s.id()); now != group {
 		t.Error("the session was opened anew without need")
 	}
 	must(0, w.hook.uow.RedactGroupSession(w.ctx, trustRoom, s.id(), "test"))

@@ -251,7 +251,7 @@ func sideBySide(count int, do func(i int)) {
 // noteSigners notes a device and who has signed it, and says whether any of it is news. What was noted stays: nobody takes it away.
 func (h *Hook) noteSigners(ctx context.Context, claim *SenderData) (news bool, err error) {
 	digest := digestOfSigners(claim)
-	if h.store.noted.has(digest) {
+	if noted, _ := h.store.noted.look(digest); noted {
 		return false, nil
 	}
 	if news, err = h.store.noteSigners(ctx, claim); err != nil {

@@ -216,7 +216,7 @@ func TestSignersAreNotedAgainAfterARollback(t *testing.T) {
 	}
 	noteTwice(true, rolledBack)
 	noteTwice(true, nil)
-	if !h.store.noted.has(digestOfSigners(signedClaim())) {
+	if noted, _ := h.store.noted.look(digestOfSigners(signedClaim())); !noted {
 		t.Error("it is not remembered that they are noted")
 	}
 	noteTwice(false, nil)

@@ -291,7 +291,7 @@ func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bo
 // walk walks the steps for a claim that came with those device keys, if any.
 func (h *Hook) walk(ctx context.Context, claim SenderData, embedded json.RawMessage, r *receiving) (*derivation, error) {
 	known := r.cachesFor(h.store)
-	walk := &derivation{caches: known, anchor: h.anchor(), now: claim.ReceivedAt, checked: &h.signatures, embedded: embedded, data: claim}
+	walk := &derivation{caches: known, anchor: h.anchor(), now: claim.ReceivedAt, checked: h.signatures, embedded: embedded, data: claim}
 	var err error
 	if walk.current, err = known.deviceListCurrent(ctx, claim.Sender); err != nil {
 		return nil, err

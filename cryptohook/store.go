@@ -31,11 +31,11 @@ type store struct {
 	failures atomic.Uint64
 	// noted are the devices and signatures that are noted, by [digestOfSigners]. With any failure it is forgotten: what was noted may have been
 	// undone, or somebody has put another database in the place of this one.
-	noted remembered
+	noted *digests
 }
 
 func newStore(db *dbutil.Database, log dbutil.DatabaseLogger) *store {
-	return &store{Database: db.Child(versionTable, upgradeTable, log)}
+	return &store{Database: db.Child(versionTable, upgradeTable, log), noted: newDigests()}
 }
 
 // write runs fn in a transaction of its own. Writers come one after the other, on PostgreSQL too: what one reads is what the one

@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"time"
 
 	"github.com/rs/zerolog"
@@ -168,8 +167,7 @@ func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) 
 	if err != nil {
 		return nil, err
 	}
-	keys := newSentKeys()
-	sideBySide(len(decrypted), func(i int) { h.readMessage(decrypted[i], keys) })
+	sideBySide(len(decrypted), func(i int) { h.readMessage(decrypted[i]) })
 	if first := slices.IndexFunc(decrypted, func(m *olmMessage) bool { return m.other }); first >= 0 {
 		r.oneByOne = true
 		if err = former.restore(h.uow); err != nil {
@@ -298,7 +296,7 @@ type olmPayload struct {
 
 // readMessage makes mautrix's checks of an Olm message, and reads the room key. Only what it is given is touched: it runs beside others. What it
 // panics about is left to receiveEncrypted.
-func (h *Hook) readMessage(m *olmMessage, keys *sentKeys) {
+func (h *Hook) readMessage(m *olmMessage) {
 	defer func() {
 		if recover() != nil {
 			m.other = true
@@ -306,7 +304,7 @@ func (h *Hook) readMessage(m *olmMessage, keys *sentKeys) {
 	}()
 	var payload olmPayload
 	err := json.Unmarshal(m.plaintext, &payload)
-	sent := keys.read(payload.SenderDeviceKeys.value)
+	sent := h.sentKeys.read(payload.SenderDeviceKeys.value)
 	if err = cmp.Or(err, sent.unreadable); err != nil {
 		m.dropped = fmt.Errorf("failed to parse the Olm payload: %w", err)
 		return
@@ -337,39 +335,45 @@ func (m *rawMember) UnmarshalJSON(value []byte) error {
 	return nil
 }
 
-// sentKeys are the sender_device_keys of a run, each read once: a device sends the same ones with each of its keys.
+// sentKeys remember the sender_device_keys of messages by their bytes, so that they need not be read again: a device sends the same ones with
+// each of its keys.
 type sentKeys struct {
-	mu   sync.Mutex
-	seen map[string]sentDeviceKeys
+	*generations[digest, sentDeviceKeys]
+}
+
+// sentKeysInGeneration is how many bytes of JSON the keys in a generation were read from: those of some 400 devices. What is remembered takes
+// about three times as much.
+const sentKeysInGeneration = 512 << 10
+
+func newSentKeys() sentKeys {
+	return sentKeys{newGenerations[digest](sentKeysInGeneration, func(sent sentDeviceKeys) int { return sent.length })}
 }
 
 // sentDeviceKeys are device keys that came with a message; none is without keys.
 type sentDeviceKeys struct {
-	keys *mautrix.DeviceKeys
+	// length is that of the JSON.
+	length int
+	keys   *mautrix.DeviceKeys
 	// embedded and fault are those of [arrivedKey].
 	embedded          json.RawMessage
 	unreadable, fault error
 }
 
-func newSentKeys() *sentKeys { return &sentKeys{seen: make(map[string]sentDeviceKeys)} }
-
 // read reads the keys, of which nothing may be changed: they are those of other messages as well.
-func (s *sentKeys) read(value json.RawMessage) sentDeviceKeys {
+func (s sentKeys) read(value json.RawMessage) sentDeviceKeys {
 	if len(value) == 0 || string(value) == "null" {
 		return sentDeviceKeys{}
 	}
-	s.mu.Lock()
-	sent, seen := s.seen[string(value)]
-	s.mu.Unlock()
-	if seen {
+	hash := digest(sha256.Sum256(value))
+	sent, known := s.look(hash)
+	if known {
 		return sent
 	}
+	sent.length = len(value)
 	if sent.unreadable = json.Unmarshal(value, &sent.keys); sent.unreadable == nil {
 		sent.embedded, sent.fault = embeddedKeys(sent.keys)
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.seen[string(value)] = sent
+	s.keep(hash, sent)
 	return sent
 }
 

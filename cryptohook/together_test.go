@@ -1,7 +1,9 @@
 package cryptohook
 
 import (
+	"cmp"
 	"context"
+	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +14,7 @@ import (
 	"sync"
 	"testing"
 
+	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/crypto/olm"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
@@ -477,5 +480,53 @@ func TestPanicInARunLosesNothing(t *testing.T) {
 	w.receive(w.key(w.peers[1]), w.key(w.peers[1]))
 	if count := w.together.count("SELECT COUNT(*) FROM crypto_megolm_inbound_session"); count != 4+6 {
 		t.Errorf("%d sessions have come through", count)
+	}
+}
+
+// What a device says of itself is read when its first keys come, and not in the next /syncs.
+func TestSentKeysAreReadOnce(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	w.know(alice.owner)
+	w.sync(syncPart{toDevice: []object{w.share(alice, newMegolm(trustRoom))}}) // an Olm session begins, which is not received together
+	sent := rawJSON(alice.keys())
+	var first *mautrix.DeviceKeys
+	for range 3 {
+		s := newMegolm(trustRoom)
+		w.sync(syncPart{toDevice: []object{w.share(alice, newMegolm(trustRoom)), w.share(alice, s)}})
+		w.wantState(s, alice, StateSenderUnverified)
+		remembered, known := w.hook.sentKeys.look(sha256.Sum256(sent))
+		if !known {
+			t.Fatal("the keys are not remembered")
+		}
+		if first = cmp.Or(first, remembered.keys); remembered.keys != first {
+			t.Error("the same keys were read again")
+		}
+		if anew := newSentKeys().read(sent); !reflect.DeepEqual(remembered, anew) {
+			t.Errorf("what is remembered of the keys was changed: %+v, was %+v", remembered, anew)
+		}
+	}
+}
+
+// Somebody who sends other keys with each message makes the bot hold no more of them than it should.
+func TestSentKeysAreForgotten(t *testing.T) {
+	keys, device := newSentKeys(), newActor("@alice:test").addDevice("ALICE").keys()
+	held := func() (bytes int) {
+		for _, generation := range []map[digest]sentDeviceKeys{keys.newer, keys.older} {
+			for _, sent := range generation {
+				bytes += len(sent.embedded)
+			}
+		}
+		return bytes
+	}
+	for i := range 200 {
+		device["unsigned"] = object{"device_display_name": strings.Repeat("x", 10_000) + fmt.Sprint(i)}
+		keys.read(rawJSON(device))
+		if i == 20 && held() < 20*10_000 {
+			t.Fatalf("%d bytes are held of 21 devices", held())
+		}
+		if most := 2*sentKeysInGeneration + 2*11_000; held() > most {
+			t.Fatalf("%d bytes are held after %d devices, more than %d", held(), i+1, most)
+		}
 	}
 }

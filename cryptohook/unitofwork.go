@@ -69,7 +69,7 @@ type unitOfWork struct {
 	olm       map[id.SenderKey][]*olmRecord
 	byPointer map[*crypto.OlmSession]*olmRecord
 
-	open openGroups
+	open *openGroups
 }
 
 var _ crypto.Store = (*unitOfWork)(nil)
@@ -126,6 +126,7 @@ func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 		},
 		foresee:   func(ctx context.Context, _ []id.SessionID) (context.Context, error) { return ctx, nil },
 		undone:    func() {},
+		open:      newOpenGroups(),
 		olm:       make(map[id.SenderKey][]*olmRecord),
 		byPointer: make(map[*crypto.OlmSession]*olmRecord),
 	}
