@@ -108,8 +108,9 @@ type arrivedKey struct {
 	olmEvent *crypto.DecryptedOlmEvent
 	session  *crypto.InboundGroupSession
 	content  *event.RoomKeyEventContent
-	// embedded are the sender_device_keys of the Olm message, if it has them.
-	embedded json.RawMessage
+	// embedded are the sender_device_keys of the Olm message, if it has them; embeddedKeys is what is in them, nil if nobody has read it yet.
+	embedded     json.RawMessage
+	embeddedKeys *mautrix.DeviceKeys
 	// fault is why it is skipped.
 	fault error
 }
@@ -274,7 +275,7 @@ func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bo
 	walk := r.walkOf(key)
 	if walk == nil {
 		var err error
-		if walk, err = h.walk(ctx, claim, arrived.embedded, r); err != nil {
+		if walk, err = h.walk(ctx, claim, arrived, r); err != nil {
 			return nil, err
 		}
 		r.keep(key, walk)
@@ -288,10 +289,11 @@ func (h *Hook) deriveSender(ctx context.Context, arrived *arrivedKey, guarded bo
 	return derived, nil
 }
 
-// walk walks the steps for a claim that came with those device keys, if any.
-func (h *Hook) walk(ctx context.Context, claim SenderData, embedded json.RawMessage, r *receiving) (*derivation, error) {
+// walk walks the steps for a claim, by the device keys that came with it, if any.
+func (h *Hook) walk(ctx context.Context, claim SenderData, arrived *arrivedKey, r *receiving) (*derivation, error) {
 	known := r.cachesFor(h.store)
-	walk := &derivation{caches: known, anchor: h.anchor(), now: claim.ReceivedAt, checked: h.signatures, embedded: embedded, data: claim}
+	walk := &derivation{caches: known, anchor: h.anchor(), now: claim.ReceivedAt, checked: h.signatures, data: claim}
+	walk.embedded, walk.embeddedKeys = arrived.embedded, arrived.embeddedKeys
 	var err error
 	if walk.current, err = known.deviceListCurrent(ctx, claim.Sender); err != nil {
 		return nil, err

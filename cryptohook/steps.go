@@ -47,8 +47,9 @@ type derivation struct {
 	jitter float64
 	// checked are signatures that were checked; nil: all are checked anew.
 	checked *checkedSignatures
-	// embedded is the sender_device_keys object of the Olm message, if it has one.
-	embedded json.RawMessage
+	// embedded is the sender_device_keys object of the Olm message, if it has one; embeddedKeys is what is in it, nil if nobody has read it yet.
+	embedded     json.RawMessage
+	embeddedKeys *mautrix.DeviceKeys
 	// queried says that the sender's keys were asked for since the row was stored: this walk is a retry.
 	queried bool
 	// current says that the cached device list of the sender is up to date, so that asking again at once is no use.
@@ -88,7 +89,7 @@ func (d *derivation) derive(ctx context.Context) (*SenderData, error) {
 // stepA: does the to-device message hold the device keys of MSC4147? On a retry they are those that were stored.
 func stepA(_ context.Context, d *derivation) (step, error) {
 	d.path = append(d.path, 'A')
-	if len(d.embedded) > 0 && d.useDevice(d.embedded) {
+	if len(d.embedded) > 0 && d.useKeys(d.embedded, d.embeddedKeys) {
 		return stepD, nil
 	}
 	return stepB, nil
@@ -195,12 +196,14 @@ func stepJ(_ context.Context, d *derivation) (step, error) {
 }
 
 // useDevice takes the device keys object as the sender's device. It says no to one that cannot be read.
-func (d *derivation) useDevice(raw json.RawMessage) bool {
-	var keys mautrix.DeviceKeys
-	if json.Unmarshal(raw, &keys) != nil || keys.UserID != d.data.Sender {
+func (d *derivation) useDevice(raw json.RawMessage) bool { return d.useKeys(raw, nil) }
+
+// useKeys is useDevice when it is known what is in the object; nil: it is not.
+func (d *derivation) useKeys(raw json.RawMessage, keys *mautrix.DeviceKeys) bool {
+	if keys == nil && json.Unmarshal(raw, &keys) != nil || keys == nil || keys.UserID != d.data.Sender {
 		return false
 	}
-	d.raw, d.keys = raw, &keys
+	d.raw, d.keys = raw, keys
 	return true
 }
 

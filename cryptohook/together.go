@@ -317,7 +317,7 @@ func (h *Hook) readMessage(m *olmMessage) {
 		Source: m.evt, SenderKey: m.senderKey, Sender: payload.Sender, SenderDeviceKeys: sent.keys, Keys: payload.Keys,
 		Recipient: payload.Recipient, RecipientKeys: payload.RecipientKeys, Type: payload.Type, Content: event.Content{VeryRaw: payload.Content},
 	}
-	m.embedded, m.fault = sent.embedded, sent.fault
+	m.embedded, m.embeddedKeys, m.fault = sent.embedded, sent.embeddedKeys, sent.fault
 	if m.dropped = h.refusal(m); m.dropped == nil && m.fault == nil {
 		m.read()
 	}
@@ -342,7 +342,7 @@ type sentKeys struct {
 }
 
 // sentKeysInGeneration is how many bytes of JSON the keys in a generation were read from: those of some 400 devices. What is remembered takes
-// about three times as much.
+// about five times as much.
 const sentKeysInGeneration = 512 << 10
 
 func newSentKeys() sentKeys {
@@ -354,8 +354,9 @@ type sentDeviceKeys struct {
 	// length is that of the JSON.
 	length int
 	keys   *mautrix.DeviceKeys
-	// embedded and fault are those of [arrivedKey].
+	// embedded, embeddedKeys and fault are those of [arrivedKey].
 	embedded          json.RawMessage
+	embeddedKeys      *mautrix.DeviceKeys
 	unreadable, fault error
 }
 
@@ -372,6 +373,9 @@ func (s sentKeys) read(value json.RawMessage) sentDeviceKeys {
 	sent.length = len(value)
 	if sent.unreadable = json.Unmarshal(value, &sent.keys); sent.unreadable == nil {
 		sent.embedded, sent.fault = embeddedKeys(sent.keys)
+		if sent.fault == nil && json.Unmarshal(sent.embedded, &sent.embeddedKeys) != nil {
+			sent.embeddedKeys = nil // the walk finds that out for itself
+		}
 	}
 	s.keep(hash, sent)
 	return sent
