@@ -25,6 +25,7 @@ func (s sessionSet) has(sessionID id.SessionID) bool {
 type foresight struct {
 	// unclaimed are the sessions that nobody claims, unawaited those for whose key no event waits.
 	unclaimed, unawaited sessionSet
+	pile                 *pile
 }
 
 func foresightOf(ctx context.Context) foresight {
@@ -42,7 +43,7 @@ func (s *store) foresee(ctx context.Context, sessions []id.SessionID) (context.C
 	if len(sessions) < 2 {
 		return ctx, nil
 	}
-	var f foresight
+	f := foresight{pile: &pile{}}
 	var err error
 	if f.unclaimed, err = s.without(ctx, getClaimedQuery, sessions); err == nil {
 		f.unawaited, err = s.without(ctx, getAwaitedQuery, sessions)

@@ -88,14 +88,19 @@ func (u *unitOfWork) putGroupSession(ctx context.Context, session *crypto.Inboun
 		if err := u.SQLCryptoStore.PutGroupSession(ctx, session); err != nil {
 			return fmt.Errorf("failed to store Megolm session %s: %w", session.ID(), err)
 		}
-		if u.stored != nil {
-			if err := u.stored(ctx, session.ID()); err != nil {
-				return err
-			}
+		if err := u.stored(ctx, session.ID()); err != nil || with == nil {
+			return err
 		}
 		return with(ctx)
 	}
-	if u.stageGroupSession(ctx, session, put) {
+	row := stagedWrite{write: put}
+	if with == nil {
+		row.pile = func(ctx context.Context, p *pile) (bool, error) {
+			p.groups = append(p.groups, session)
+			return true, u.stored(ctx, session.ID())
+		}
+	}
+	if u.stageGroupSession(ctx, session, row) {
 		return nil
 	}
 	u.direct.begun.Add(1)
@@ -113,7 +118,7 @@ func (d *directStores) now() (begun uint64, settled bool) {
 	return begun, begun == ended
 }
 
-func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.InboundGroupSession, put write) bool {
+func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.InboundGroupSession, s stagedWrite) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if _, staged := u.groups[session.ID()]; !staged && !isReceiving(ctx) {
@@ -121,7 +126,7 @@ func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.Inbo
 	}
 	u.groups[session.ID()] = session
 	receivingOf(ctx).stored(session.ID())
-	u.writes = append(u.writes, put)
+	u.writes = append(u.writes, s)
 	return true
 }
 
@@ -129,7 +134,7 @@ func (u *unitOfWork) stageGroupSession(ctx context.Context, session *crypto.Inbo
 // is from a backup, an import, a forwarder or a bundle, or it is our own.
 func (u *unitOfWork) PutGroupSession(ctx context.Context, session *crypto.InboundGroupSession) error {
 	if isReceiving(ctx) && importOf(ctx) == nil {
-		return u.putGroupSession(ctx, session, nothing)
+		return u.putGroupSession(ctx, session, nil)
 	}
 	return u.putOther(ctx, session)
 }
@@ -142,9 +147,6 @@ func (u *unitOfWork) writeBehind(ctx context.Context, sessionID id.SessionID, w 
 	}
 	return u.transaction(ctx, w)
 }
-
-// nothing is the write that writes nothing.
-func nothing(context.Context) error { return nil }
 
 func (u *unitOfWork) isOwn(session *crypto.InboundGroupSession) bool {
 	u.mu.Lock()
@@ -281,10 +283,10 @@ func (u *unitOfWork) ValidateMessageIndex(ctx context.Context, sessionID id.Sess
 	if group, isOpen := u.open.look(sessionID); isOpen {
 		group.highest = max(group.highest, int64(key.column()))
 	}
-	u.writes = append(u.writes, func(ctx context.Context) error {
+	u.writes = append(u.writes, stagedWrite{write: func(ctx context.Context) error {
 		_, err := u.DB.Exec(ctx, insertMessageIndexQuery, sessionID, key.column(), eventID, timestamp)
 		return err
-	})
+	}})
 	return true, nil
 }
 

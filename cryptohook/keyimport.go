@@ -298,7 +298,7 @@ func (h *Hook) mergeExport(ctx context.Context, session *crypto.InboundGroupSess
 		return result.known(h.uow.writeBehind(ctx, sessionID, merge))
 	case held && session.KeySource == id.KeySourceDirect:
 		// mautrix has merged a better ratchet into a session that came directly.
-		return h.uow.putGroupSession(ctx, session, nothing)
+		return h.uow.putGroupSession(ctx, session, nil)
 	case held:
 		return result.imported(sessionID, h.uow.putGroupSession(ctx, asStored(existing, session), merge))
 	case current.senderKey == session.SenderKey:

@@ -248,8 +248,8 @@ func (u *unitOfWork) DeleteSession(_ context.Context, senderKey id.SenderKey, se
 	defer u.mu.Unlock()
 	u.olm[senderKey] = slices.DeleteFunc(u.olm[senderKey], func(record *olmRecord) bool { return record.session == session })
 	delete(u.byPointer, session)
-	u.writes = append(u.writes, func(ctx context.Context) error {
+	u.writes = append(u.writes, stagedWrite{write: func(ctx context.Context) error {
 		return u.SQLCryptoStore.DeleteSession(ctx, senderKey, session)
-	})
+	}})
 	return nil
 }

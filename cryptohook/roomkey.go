@@ -177,18 +177,27 @@ func (h *Hook) takeRoomKey(ctx context.Context, arrived *arrivedKey) error {
 			return err
 		}
 	}
-	h.uow.stage(func(ctx context.Context) (err error) {
-		// The sender's keys may have come since: what they changed does not know this session yet.
-		if known.outdated(h) {
-			if sender, err = h.deriveSender(ctx, arrived, guard != nil, nil); err != nil {
+	h.uow.stageRow(stagedWrite{
+		write: func(ctx context.Context) (err error) {
+			// The sender's keys may have come since: what they changed does not know this session yet.
+			if known.outdated(h) {
+				if sender, err = h.deriveSender(ctx, arrived, guard != nil, nil); err != nil {
+					return err
+				}
+			}
+			h.tellAfterCommit(Change{Sessions: []id.SessionID{session.ID()}})
+			if err = h.judgePending(ctx, sender.Sender); err != nil {
 				return err
 			}
-		}
-		h.tellAfterCommit(Change{Sessions: []id.SessionID{session.ID()}})
-		if err = h.judgePending(ctx, sender.Sender); err != nil {
-			return err
-		}
-		return h.mergeClaim(ctx, sender)
+			return h.mergeClaim(ctx, sender)
+		},
+		pile: func(ctx context.Context, p *pile) (bool, error) {
+			if known.outdated(h) || h.resolver.toJudge(sender.Sender) > 0 || !h.pileClaim(ctx, p, sender) {
+				return false, nil
+			}
+			h.tellAfterCommit(Change{Sessions: []id.SessionID{session.ID()}})
+			return true, nil
+		},
 	})
 	log.Debug().Str("state", string(sender.State)).Stringer("device_id", sender.DeviceID).Msg("Received a room key")
 	return nil
@@ -387,6 +396,18 @@ func (h *Hook) mergeClaim(ctx context.Context, arrived *SenderData) error {
 	change.Users = append(change.Users, arrived.Sender)
 	h.tellAfterCommit(change)
 	return err
+}
+
+// pileClaim is mergeClaim for a claim that is the first one to a session, of a device about which there is no news: that stores it, and no more.
+// Of anything else it says no.
+func (h *Hook) pileClaim(ctx context.Context, p *pile, arrived *SenderData) bool {
+	unclaimed := foresightOf(ctx).unclaimed
+	if noted, _ := h.store.noted.look(digestOfSigners(arrived)); !noted || arrived.State == StateRejected || !unclaimed.has(arrived.SessionID) {
+		return false
+	}
+	delete(unclaimed, arrived.SessionID)
+	p.claims = append(p.claims, arrived)
+	return true
 }
 
 // proves says that today's self-signing key is among those that have signed the claim's device. The signatures of others are kept in

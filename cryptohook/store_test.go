@@ -50,7 +50,7 @@ var everyQuery = map[string]string{
 	"getOutdatedOfQuery": getOutdatedOfQuery,
 	"getToBackUpQuery":   getToBackUpQuery, "countToBackUpQuery": countToBackUpQuery, "noteBackedUpQuery": noteBackedUpQuery,
 	"isKnownQuery": isKnownQuery, "newestEventQuery": newestEventQuery, "insertHistoryQuery": insertHistoryQuery, "hastenQuery": hastenQuery,
-	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "getMessageIndexQuery": getMessageIndexQuery,
+	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "upsertGroupQuery": upsertGroupQuery, "getMessageIndexQuery": getMessageIndexQuery,
 	"insertMessageIndexQuery": insertMessageIndexQuery,
 	"getOwnPicklesQuery":      getOwnPicklesQuery, "getSomePicklesQuery": getSomePicklesQuery, "getSecretQuery": getSecretQuery,
 	"getOutboundPickleQuery": getOutboundPickleQuery, "getOlmPicklesQuery": getOlmPicklesQuery, "getGroupPickleQuery": getGroupPickleQuery,

@@ -51,6 +51,8 @@ type unitOfWork struct {
 	foresee func(ctx context.Context, sessions []id.SessionID) (context.Context, error)
 	// stored is part of storing a Megolm session: events may wait for its key.
 	stored func(ctx context.Context, sessionID id.SessionID) error
+	// putClaims stores the claims on a pile.
+	putClaims func(ctx context.Context, claims []*SenderData) error
 	// undone is called when a part of a transaction was rolled back, and the rest goes on.
 	undone func()
 	// direct counts the sessions that are stored at once.
@@ -60,7 +62,7 @@ type unitOfWork struct {
 
 	mu        sync.Mutex
 	broken    error
-	writes    []write
+	writes    []stagedWrite
 	hashes    map[[32]byte]time.Time
 	groups    map[id.SessionID]*crypto.InboundGroupSession
 	indices   map[messageIndex]indexedEvent
@@ -125,6 +127,8 @@ func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 			return store.DB.DoTxn(ctx, nil, fn)
 		},
 		foresee:   func(ctx context.Context, _ []id.SessionID) (context.Context, error) { return ctx, nil },
+		stored:    func(context.Context, id.SessionID) error { return nil },
+		putClaims: func(context.Context, []*SenderData) error { return nil },
 		undone:    func() {},
 		open:      newOpenGroups(),
 		olm:       make(map[id.SenderKey][]*olmRecord),
@@ -158,10 +162,12 @@ func (u *unitOfWork) endMessage() {
 }
 
 // stage holds a write back until the next flush.
-func (u *unitOfWork) stage(w write) {
+func (u *unitOfWork) stage(w write) { u.stageRow(stagedWrite{write: w}) }
+
+func (u *unitOfWork) stageRow(s stagedWrite) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	u.writes = append(u.writes, w)
+	u.writes = append(u.writes, s)
 }
 
 // fail breaks the unit of work if a message is being received.
@@ -290,10 +296,21 @@ func (u *unitOfWork) writeAll(ctx context.Context, each func(ctx context.Context
 	if err := u.at("ratchets"); err != nil {
 		return err
 	}
-	for _, write := range u.writes {
-		if err := each(ctx, write); err != nil {
+	for _, s := range u.writes {
+		if piled, err := s.putOnPile(ctx); err != nil {
+			return err
+		} else if piled {
+			continue
+		}
+		if err := u.writePile(ctx); err != nil {
 			return err
 		}
+		if err := each(ctx, s.write); err != nil {
+			return err
+		}
+	}
+	if err := u.writePile(ctx); err != nil {
+		return err
 	}
 	return u.at("written")
 }
