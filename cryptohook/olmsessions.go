@@ -2,6 +2,7 @@ package cryptohook
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -219,19 +220,66 @@ func (u *unitOfWork) AddSession(ctx context.Context, senderKey id.SenderKey, ses
 // UpdateSession stages an Olm session's new state. mautrix calls it with its Olm lock held, so pickling here, and not when
 // flushing, is safe. mautrix only logs an error, and would send what it has encrypted: so an error breaks the unit of work.
 func (u *unitOfWork) UpdateSession(_ context.Context, _ id.SenderKey, session *crypto.OlmSession) error {
-	pickle, err := session.Internal.Pickle(u.PickleKey)
-	if err != nil {
+	return u.updateSessions([]*crypto.OlmSession{session})
+}
+
+// updateSessions is UpdateSession for several.
+func (u *unitOfWork) updateSessions(sessions []*crypto.OlmSession) error {
+	pickles, errs := make([][]byte, len(sessions)), make([]error, len(sessions))
+	sideBySide(len(sessions), func(i int) { pickles[i], errs[i] = sessions[i].Internal.Pickle(u.PickleKey) })
+	if err := errors.Join(errs...); err != nil {
 		return u.breakWith(err)
 	}
+	if err := u.stageRatchets(sessions, pickles); err != nil {
+		return u.breakWith(err)
+	}
+	return nil
+}
+
+func (u *unitOfWork) stageRatchets(sessions []*crypto.OlmSession, pickles [][]byte) error {
 	u.mu.Lock()
+	defer u.mu.Unlock()
+	for i, session := range sessions {
+		record := u.byPointer[session]
+		if record == nil {
+			return fmt.Errorf("the Olm session %s was not loaded from this store", session.ID())
+		}
+		u.stageRatchet(record, pickles[i])
+	}
+	return nil
+}
+
+// triedSessions are Olm sessions with which somebody has tried to decrypt: they may have changed, and none of that is staged.
+type triedSessions map[*crypto.OlmSession]struct{}
+
+const getOlmPickleQuery = `SELECT session FROM crypto_olm_session WHERE account_id=$1 AND session_id=$2`
+
+// restore brings Olm sessions back to what is staged of them, or stored. If that fails, the unit of work is broken. The caller holds mautrix's
+// Olm lock.
+func (u *unitOfWork) restore(ctx context.Context, tried triedSessions) error {
+	for session := range tried {
+		if err := u.restoreSession(ctx, session); err != nil {
+			return u.breakWith(fmt.Errorf("failed to restore an Olm session: %w", err))
+		}
+	}
+	return nil
+}
+
+func (u *unitOfWork) restoreSession(ctx context.Context, session *crypto.OlmSession) error {
+	u.mu.Lock()
+	defer u.mu.Unlock()
 	record := u.byPointer[session]
-	if record != nil {
-		u.stageRatchet(record, pickle)
+	pickle := record.pickle
+	if pickle == nil {
+		if err := u.DB.QueryRow(ctx, getOlmPickleQuery, u.AccountID, record.sessionID).Scan(&pickle); err != nil {
+			return err
+		}
 	}
-	u.mu.Unlock()
-	if record == nil {
-		return u.breakWith(fmt.Errorf("the Olm session %s was not loaded from this store", session.ID()))
+	internal := olm.NewBlankSession()
+	if err := internal.Unpickle(pickle, u.PickleKey); err != nil {
+		return err
 	}
+	session.Internal, session.LastDecryptedTime = internal, record.decrypted
 	return nil
 }
 

@@ -53,7 +53,7 @@ var everyQuery = map[string]string{
 	"upsertAccountQuery": upsertAccountQuery, "upsertOlmSessionQuery": upsertOlmSessionQuery, "upsertGroupQuery": upsertGroupQuery, "getMessageIndexQuery": getMessageIndexQuery,
 	"insertMessageIndexQuery": insertMessageIndexQuery,
 	"getOwnPicklesQuery":      getOwnPicklesQuery, "getSomePicklesQuery": getSomePicklesQuery, "getSecretQuery": getSecretQuery,
-	"getOutboundPickleQuery": getOutboundPickleQuery, "getOlmPicklesQuery": getOlmPicklesQuery, "getGroupPickleQuery": getGroupPickleQuery,
+	"getOutboundPickleQuery": getOutboundPickleQuery, "getOlmPicklesQuery": getOlmPicklesQuery, "getOlmPickleQuery": getOlmPickleQuery, "getGroupPickleQuery": getGroupPickleQuery,
 	"getGenerationQuery": getGenerationQuery, "getHolderNameQuery": getHolderNameQuery, "raiseQuery": raiseQuery, "getTablesQuery": getTablesQuery,
 }
 

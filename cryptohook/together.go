@@ -10,12 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"time"
 
 	"github.com/rs/zerolog"
 	"maunium.net/go/mautrix"
 	"maunium.net/go/mautrix/crypto"
-	"maunium.net/go/mautrix/crypto/olm"
 	"maunium.net/go/mautrix/crypto/signatures"
 	"maunium.net/go/mautrix/event"
 	"maunium.net/go/mautrix/id"
@@ -151,7 +149,7 @@ func (h *Hook) isForUs(evt *event.Event) bool {
 // mautrix's Olm lock, and leaves the gate closed. A panic of mautrix's is left to receiveEncrypted: until all is staged, nothing has happened.
 func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) (decrypted []*olmMessage, err error) {
 	h.uow.closeGate()
-	former, staging := make(formerSessions), false
+	tried, staging := make(triedSessions), false
 	defer func() {
 		reason := recover()
 		switch {
@@ -160,21 +158,21 @@ func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) 
 			decrypted, err = nil, h.uow.breakWith(fmt.Errorf("failed to stage Olm sessions: %v", reason))
 		default:
 			zerolog.Ctx(ctx).Error().Any("reason", reason).Msg("mautrix cannot bear an Olm message; receiving one by one")
-			r.oneByOne, decrypted, err = true, nil, former.restore(h.uow)
+			r.oneByOne, decrypted, err = true, nil, h.uow.restore(ctx, tried)
 		}
 	}()
-	decrypted, err = h.decryptBeginning(ctx, run, former)
+	decrypted, err = h.decryptBeginning(ctx, run, tried)
 	if err != nil {
 		return nil, err
 	}
 	sideBySide(len(decrypted), func(i int) { h.readMessage(decrypted[i]) })
 	if first := slices.IndexFunc(decrypted, func(m *olmMessage) bool { return m.other }); first >= 0 {
 		r.oneByOne = true
-		if err = former.restore(h.uow); err != nil {
+		if err = h.uow.restore(ctx, tried); err != nil {
 			return nil, err
 		}
 		// Up to that message nothing is unusual, and what was read stays true.
-		if decrypted, err = h.decryptBeginning(ctx, decrypted[:first], former); err != nil {
+		if decrypted, err = h.decryptBeginning(ctx, decrypted[:first], tried); err != nil {
 			return nil, err
 		}
 	}
@@ -182,9 +180,8 @@ func (h *Hook) decryptRun(ctx context.Context, run []*olmMessage, r *receiving) 
 	return decrypted, h.stageRun(ctx, decrypted)
 }
 
-// decryptBeginning decrypts the messages of a run until one cannot be decrypted by a session that is there. Every session that is tried is
-// kept in former as it was before.
-func (h *Hook) decryptBeginning(ctx context.Context, run []*olmMessage, former formerSessions) ([]*olmMessage, error) {
+// decryptBeginning decrypts the messages of a run until one cannot be decrypted by a session that is there. Every session that is tried is noted.
+func (h *Hook) decryptBeginning(ctx context.Context, run []*olmMessage, tried triedSessions) ([]*olmMessage, error) {
 	for i, m := range run {
 		sessions, err := h.uow.GetSessions(ctx, m.senderKey)
 		if err != nil {
@@ -195,9 +192,7 @@ func (h *Hook) decryptBeginning(ctx context.Context, run []*olmMessage, former f
 			return run[:i], nil
 		}
 		for _, session := range sessions {
-			if err = former.keep(session, h.uow.PickleKey); err != nil {
-				return nil, h.uow.breakWith(err)
-			}
+			tried[session] = struct{}{}
 		}
 		if m.session, m.plaintext = m.decrypt(sessions); m.session == nil {
 			return run[:i], nil
@@ -231,52 +226,19 @@ func (m *olmMessage) decrypt(sessions crypto.OlmSessionList) (*crypto.OlmSession
 
 // stageRun stages that the messages were received: the hash of each, and of each session the state after its last one.
 func (h *Hook) stageRun(ctx context.Context, run []*olmMessage) error {
-	staged := make(map[*crypto.OlmSession]struct{})
-	for _, m := range slices.Backward(run) {
-		if _, done := staged[m.session]; done {
-			continue
+	var sessions []*crypto.OlmSession
+	for _, m := range run {
+		if !slices.Contains(sessions, m.session) {
+			sessions = append(sessions, m.session)
 		}
-		staged[m.session] = struct{}{}
-		if err := h.uow.UpdateSession(ctx, m.senderKey, m.session); err != nil {
-			return err
-		}
+	}
+	if err := h.uow.updateSessions(sessions); err != nil {
+		return err
 	}
 	for _, m := range run {
 		if err := h.uow.PutOlmHash(ctx, m.hash, h.clock()); err != nil {
 			return err
 		}
-	}
-	return nil
-}
-
-// formerSessions are Olm sessions as they were before a run.
-type formerSessions map[*crypto.OlmSession]formerSession
-
-type formerSession struct {
-	pickle    []byte
-	decrypted time.Time
-}
-
-func (f formerSessions) keep(session *crypto.OlmSession, pickleKey []byte) error {
-	if _, kept := f[session]; kept {
-		return nil
-	}
-	pickle, err := session.Internal.Pickle(pickleKey)
-	if err != nil {
-		return fmt.Errorf("failed to keep an Olm session: %w", err)
-	}
-	f[session] = formerSession{pickle, session.LastDecryptedTime}
-	return nil
-}
-
-// restore brings the sessions back to what they were. If that fails, the unit of work is broken.
-func (f formerSessions) restore(u *unitOfWork) error {
-	for session, former := range f {
-		internal := olm.NewBlankSession()
-		if err := internal.Unpickle(former.pickle, u.PickleKey); err != nil {
-			return u.breakWith(fmt.Errorf("failed to restore an Olm session: %w", err))
-		}
-		session.Internal, session.LastDecryptedTime = internal, former.decrypted
 	}
 	return nil
 }
