@@ -530,3 +530,27 @@ func TestSentKeysAreForgotten(t *testing.T) {
 		}
 	}
 }
+
+// What was tried with an Olm session is undone by what is stored of it. If that cannot be read, nothing that came with it is stored, and it comes again.
+func TestOlmSessionsThatCannotBeRestoredLoseNothing(t *testing.T) {
+	w := newTrustWorld(t)
+	alice := newActor("@alice:test").addDevice("ALICE")
+	w.know(alice.owner)
+	w.sync(syncPart{toDevice: []object{w.share(alice, newMegolm(trustRoom))}})
+	s := newMegolm(trustRoom)
+	part := syncPart{toDevice: []object{w.share(alice, newMegolm(trustRoom)), w.share(alice, s), w.olmEvent(alice, "m.dummy", object{})}}
+	rename := func(from, to string) {
+		if _, err := w.db.Exec(w.ctx, "ALTER TABLE "+from+" RENAME TO "+to); err != nil {
+			t.Fatal(err)
+		}
+	}
+	rename("crypto_olm_session", "out_of_reach")
+	resp, since := w.response(part)
+	if err := w.client.Syncer.ProcessResponse(w.ctx, resp, since); !errors.Is(err, ErrUnitOfWorkBroken) || !strings.Contains(err.Error(), "restore") {
+		t.Errorf("the /sync was processed: %v", err)
+	}
+	rename("out_of_reach", "crypto_olm_session")
+	w.restart()
+	w.sync(part)
+	w.wantState(s, alice, StateSenderUnverified)
+}
