@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strings"
 	"sync"
@@ -67,6 +68,10 @@ func (h *Homeserver) bring(add func()) {
 	h.mu.Lock()
 	add()
 	h.mu.Unlock()
+	h.notify()
+}
+
+func (h *Homeserver) notify() {
 	select {
 	case h.news <- struct{}{}:
 	default:
@@ -182,7 +187,18 @@ func (h *Homeserver) takeNews() []byte {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	rooms := object{}
+	for _, join := range h.joins {
+		var joined map[string]any
+		Check(json.Unmarshal(join, &joined))
+		maps.Copy(rooms, joined)
+	}
 	for roomID, timeline := range h.timeline {
+		if _, joins := rooms[roomID.String()]; joins {
+			// What is said in a room comes after the answer that brings the room: before that it would be history to the bot.
+			h.notify()
+			continue
+		}
+		delete(h.timeline, roomID)
 		rooms[roomID.String()] = object{"timeline": object{"events": timeline}}
 		for _, raw := range timeline {
 			var evt struct {
@@ -192,19 +208,12 @@ func (h *Homeserver) takeNews() []byte {
 			h.given[evt.EventID] = time.Now()
 		}
 	}
-	for _, join := range h.joins {
-		var joined map[string]any
-		Check(json.Unmarshal(join, &joined))
-		for roomID, room := range joined {
-			rooms[roomID] = room
-		}
-	}
 	h.syncs++
 	body := rawJSON(object{
 		"next_batch": fmt.Sprintf("s%d", h.syncs), "device_one_time_keys_count": object{"signed_curve25519": 50},
 		"to_device": object{"events": h.toDevice}, "rooms": object{"join": rooms},
 	})
-	h.timeline, h.toDevice, h.joins = make(map[id.RoomID][]json.RawMessage), nil, nil
+	h.toDevice, h.joins = nil, nil
 	return body
 }
 
