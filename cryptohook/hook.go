@@ -246,7 +246,7 @@ func (h *Hook) openStores(ctx context.Context) (crypto.StateStore, error) {
 	h.uow = newUnitOfWork(cryptoStore)
 	h.uow.transaction = h.store.write
 	h.uow.foresee = h.store.foresee
-	h.uow.putOther, h.uow.stored, h.uow.putClaims, h.uow.undone = h.storeOther, h.keyStored, h.store.upsertClaims, h.forgetTransaction
+	h.uow.putOther, h.uow.stored, h.uow.upsertClaims, h.uow.undone = h.storeOther, h.keyStored, h.store.upsertClaims, h.forgetTransaction
 	return stateStore, nil
 }
 

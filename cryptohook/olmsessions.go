@@ -240,13 +240,22 @@ func (u *unitOfWork) stageRatchets(sessions []*crypto.OlmSession, pickles [][]by
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	for i, session := range sessions {
-		record := u.byPointer[session]
-		if record == nil {
-			return fmt.Errorf("the Olm session %s was not loaded from this store", session.ID())
+		record, err := u.recordOf(session)
+		if err != nil {
+			return err
 		}
 		u.stageRatchet(record, pickles[i])
 	}
 	return nil
+}
+
+// recordOf gives the record of a session. The caller holds mu.
+func (u *unitOfWork) recordOf(session *crypto.OlmSession) (*olmRecord, error) {
+	record := u.byPointer[session]
+	if record == nil {
+		return nil, fmt.Errorf("the Olm session %s was not loaded from this store", session.ID())
+	}
+	return record, nil
 }
 
 // triedSessions are Olm sessions with which somebody has tried to decrypt: they may have changed, and none of that is staged.
@@ -268,15 +277,18 @@ func (u *unitOfWork) restore(ctx context.Context, tried triedSessions) error {
 func (u *unitOfWork) restoreSession(ctx context.Context, session *crypto.OlmSession) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
-	record := u.byPointer[session]
+	record, err := u.recordOf(session)
+	if err != nil {
+		return err
+	}
 	pickle := record.pickle
 	if pickle == nil {
-		if err := u.DB.QueryRow(ctx, getOlmPickleQuery, u.AccountID, record.sessionID).Scan(&pickle); err != nil {
+		if err = u.DB.QueryRow(ctx, getOlmPickleQuery, u.AccountID, record.sessionID).Scan(&pickle); err != nil {
 			return err
 		}
 	}
 	internal := olm.NewBlankSession()
-	if err := internal.Unpickle(pickle, u.PickleKey); err != nil {
+	if err = internal.Unpickle(pickle, u.PickleKey); err != nil {
 		return err
 	}
 	session.Internal, session.LastDecryptedTime = internal, record.decrypted

@@ -51,7 +51,7 @@ func (u *unitOfWork) writePile(ctx context.Context) error {
 	if err := u.insertGroups(ctx, groups); err != nil {
 		return fmt.Errorf("failed to store Megolm sessions: %w", err)
 	}
-	return u.putClaims(ctx, claims)
+	return u.upsertClaims(ctx, claims)
 }
 
 const upsertGroupQuery = `

@@ -51,8 +51,8 @@ type unitOfWork struct {
 	foresee func(ctx context.Context, sessions []id.SessionID) (context.Context, error)
 	// stored is part of storing a Megolm session: events may wait for its key.
 	stored func(ctx context.Context, sessionID id.SessionID) error
-	// putClaims stores the claims on a pile.
-	putClaims func(ctx context.Context, claims []*SenderData) error
+	// upsertClaims stores the claims on a pile.
+	upsertClaims func(ctx context.Context, claims []*SenderData) error
 	// undone is called when a part of a transaction was rolled back, and the rest goes on.
 	undone func()
 	// direct counts the sessions that are stored at once.
@@ -126,13 +126,13 @@ func newUnitOfWork(store *crypto.SQLCryptoStore) *unitOfWork {
 		transaction: func(ctx context.Context, fn func(ctx context.Context) error) error {
 			return store.DB.DoTxn(ctx, nil, fn)
 		},
-		foresee:   func(ctx context.Context, _ []id.SessionID) (context.Context, error) { return ctx, nil },
-		stored:    func(context.Context, id.SessionID) error { return nil },
-		putClaims: func(context.Context, []*SenderData) error { return nil },
-		undone:    func() {},
-		open:      newOpenGroups(),
-		olm:       make(map[id.SenderKey][]*olmRecord),
-		byPointer: make(map[*crypto.OlmSession]*olmRecord),
+		foresee:      func(ctx context.Context, _ []id.SessionID) (context.Context, error) { return ctx, nil },
+		stored:       func(context.Context, id.SessionID) error { return nil },
+		upsertClaims: func(context.Context, []*SenderData) error { return nil },
+		undone:       func() {},
+		open:         newOpenGroups(),
+		olm:          make(map[id.SenderKey][]*olmRecord),
+		byPointer:    make(map[*crypto.OlmSession]*olmRecord),
 	}
 	u.clear()
 	return u
